@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""Adaptive Scaling (AdS), and what may stand in its place to tell what AdS does.
+
+    y ── AdS ──> s(y) * y + t(y),    s(y) = act(W1 y + b1),  t(y) = act(W2 y + b2)
+
+    from ads import AdaptiveScaling
+    block = nn.Sequential(S4(128, 64), AdaptiveScaling(128), nn.Linear(128, 128))
+
+Paper: Qi et al., Exploring Adversarial Robustness of Deep State Space Models, NeurIPS 2024
+(arXiv 2406.05532): AdS stands between the sequence map and the output Linear of every block.
+A pure SSM block is linear there, so AdS also is the block's first non-linearity, and it more than
+doubles the parameters of an S4 model. `middle` offers three controls that separate these effects.
+
+Glossary   y  (..., d_model)  output of a sequence map        d  d_model, the number of channels
+           s  (..., d_model)  scale, one number per token and channel
+           t  (..., d_model)  shift, likewise
+Not here   anything else that the three scripts share: that is repeated in each of them.
+"""
+import torch
+from torch import nn
+
+ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+CONTROLS = ("gelu", "glu", "mlp")
+
+
+class AdaptiveScaling(nn.Module):
+    """act(W1 y + b1) * y + act(W2 y + b2).                  Qi et al. 2024 (2406.05532), Sec. on AdS
+
+    d_model     int    channels d; 2 (d^2 + d) parameters
+    activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift
+
+    (..., d_model) -> (..., d_model), token by token.   ValueError for another activation.
+    """
+
+    def __init__(self, d_model, activation="relu"):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"AdS activation {activation!r} is unknown; choose one of "
+                             f"{', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        self.scale = nn.Linear(d_model, d_model)                            # W1, b1
+        self.shift = nn.Linear(d_model, d_model)                            # W2, b2
+
+    def scale_and_shift(self, y):
+        """s(y), t(y): each (..., d_model), the two halves of AdS for whoever wants to look at them."""
+        act = ACTIVATIONS[self.activation]
+        return act(self.scale(y)), act(self.shift(y))
+
+    def forward(self, y):
+        s, t = self.scale_and_shift(y)
+        return torch.addcmul(t, s, y)                                       # s * y + t
+
+
+def middle(d_model, ads=None, control=None):
+    """What stands between sequence map and output Linear: AdS, a control, or nothing (the paper's
+    pure SSM).
+
+    d_model  int         channels d at that place
+    ads      str | None  the activation of AdS: "relu" | "sigmoid" | "tanh"
+    control  str | None  "gelu"  one plain non-linearity, no parameters
+                         "glu"   GELU, Linear(d, 2d), GLU: the usual S4 block; 2 (d^2 + d) parameters
+                         "mlp"   Linear, GELU, Linear: as many parameters as AdS, no product with y
+
+    Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once or unknown names.
+    """
+    if ads and control:
+        raise ValueError(f"ads={ads!r} and control={control!r} name two things for one place; "
+                         "give one of them")
+    if ads:
+        return AdaptiveScaling(d_model, ads)
+    if control == "gelu":
+        return nn.GELU()
+    if control == "glu":
+        return nn.Sequential(nn.GELU(), nn.Linear(d_model, 2 * d_model), nn.GLU())
+    if control == "mlp":
+        return nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+    if control:
+        raise ValueError(f"control {control!r} is unknown; choose one of {', '.join(CONTROLS)}")
+    return nn.Identity()

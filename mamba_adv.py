@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: MIT
+"""Adversarial training of a data-dependent state space model: Mamba, with Adaptive Scaling.
+
+    python mamba_adv.py                  # MNIST if ./data has it, else drawn digits
+    python mamba_adv.py --data-dir DIR
+
+@DEMO@
+
+Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
+           Mamba  Gu and Dao 2023, arXiv 2312.00752         TRADES  Zhang et al. 2019, 1901.08573
+                                                            FGSM  Goodfellow et al. 2015, 1412.6572
+Glossary   B batch, L tokens, H = d_model channels, d = 2 H inner channels, N = d_state states of one
+           u (B, L, d) input of the scan, y (B, L, d) its output, x image, delta its perturbation
+           A B C D the paper's matrices, dt step size, h state (B, d, N)
+           eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
+Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout, warm-up,
+           input normalisation: the protocol has none. Generation of text token by token.
+
+The whole program is this file and ads.py: copy the two.
+"""
+import argparse
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ads import middle
+
+
+# --------------------------------------------------------------------------------------------------
+# The sequence map: h_t = e^{dt_t A} h_{t-1} + dt_t B_t u_t,  y_t = C_t h_t + D u_t; dt, B, C depend on u
+# --------------------------------------------------------------------------------------------------
+
+def selective_scan_loop(u, dt, A, B, C, D):
+    """The definition, step by step.                      Mamba (2312.00752), Alg. 2 with Eq. (2a), (4)
+
+    u   (b, L, d)  input           dt  (b, L, d)  step sizes, > 0
+    A   (d, N)     negative        B   (b, L, N)  input matrix    C  (b, L, N)  output matrix
+    D   (d,)       skip            returns y (b, L, d)
+
+    A by zero-order hold, e^{dt A}; B by Euler's rule, dt B, as in Mamba's code (its Eq. (4) has ZOH).
+    """
+    h, ys = torch.zeros_like(A).expand(len(u), -1, -1), []                  # (b, d, N)
+    for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
+        ys.append((h * C_t[:, None]).sum(-1) + D * u_t)
+    return torch.stack(ys, 1)                                               # (b, L, d)
+
+
+class SelectiveScan(torch.autograd.Function):
+    """The same map and its gradient with memory O(b L d): states are kept at chunk borders only and
+    computed again, chunk by chunk, in backward (Mamba, Sec. 3.3.2, "recomputation").
+
+    Let a_t = e^{dt_t A}, w_t = dt_t u_t, g_t = dloss/dy_t and e_t = dloss/dh_t. From
+        h_t = a_t h_{t-1} + w_t B_t,    y_t = sum_n C_t h_t + D u_t
+    the chain rule gives, running backwards in time,
+        e_t  = a_{t+1} e_{t+1} + C_t g_t                       (b, N, d)
+        dC_t = sum_d g_t h_t        dB_t = sum_d w_t e_t        dw_t = sum_n B_t e_t
+        q_t  = e_t a_t h_{t-1}   (the gradient of dt_t A)       dA = sum_{b,t} dt_t q_t
+        du_t = dt_t dw_t + D g_t    ddt_t = u_t dw_t + sum_n A q_t    dD = sum_{b,t} g_t u_t
+    No exponential of a positive number and no division occurs: nothing can overflow.
+    """
+    SIZE = 2 ** 18                                                          # states of one chunk, about
+
+    @staticmethod
+    def chunks(b, L, A, *inputs):
+        """Inputs (b, L, .) time first and cut in T steps; T; buffers (T, b, N, d) that all chunks use."""
+        N, d = A.shape
+        T = max(1, min(L, SelectiveScan.SIZE // (b * N * d)))
+        inputs = [v.transpose(0, 1).contiguous().split(T) for v in inputs]
+        return list(zip(*inputs)), [A.new_empty(T + 1, b, N, d) for _ in range(3)]
+
+    @staticmethod
+    def states(h, dt, w, A, B, a, hs):
+        """Fills a_t (T, b, N, d) and hs, h_{t-1} and h_t (T + 1, b, N, d), from h before the chunk."""
+        a, hs = a[:len(dt)], hs[:len(dt) + 1]
+        torch.mul(dt[:, :, None], A, out=a).exp_()
+        torch.mul(w[:, :, None], B[..., None], out=hs[1:])
+        hs[0] = h
+        for t in range(len(dt)):
+            hs[t + 1].addcmul_(a[t], hs[t])
+        return a, hs
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, D):
+        with torch.no_grad():
+            A_t = A.T.contiguous()                                          # (N, d)
+            chunks, (a, hs, _) = SelectiveScan.chunks(*u.shape[:2], A_t, dt, dt * u, B, C)
+            h, borders, ys = A.new_zeros(len(u), *A_t.shape), [], []        # (b, N, d)
+            for dt_c, w_c, B_c, C_c in chunks:
+                borders.append(h)
+                hs_c = SelectiveScan.states(h, dt_c, w_c, A_t, B_c, a, hs)[1]
+                ys.append((C_c[:, :, None] @ hs_c[1:]).squeeze(2))          # (T, b, d)
+                h = hs_c[-1].clone()
+            ctx.save_for_backward(u, dt, A, B, C, D, *borders)
+            return torch.cat(ys).transpose(0, 1).contiguous().addcmul_(D, u)
+
+    @staticmethod
+    def backward(ctx, g):
+        u, dt, A, B, C, D, *borders = ctx.saved_tensors
+        A_t = A.T.contiguous()
+        chunks, (a, hs, es) = SelectiveScan.chunks(*u.shape[:2], A_t, dt, dt * u, B, C, g)
+        e, dA, out = torch.zeros_like(borders[0]), torch.zeros_like(A_t), []
+        for h, (dt_c, w_c, B_c, C_c, g_c) in zip(reversed(borders), reversed(chunks)):
+            a_c, hs_c = SelectiveScan.states(h, dt_c, w_c, A_t, B_c, a, hs)
+            e_c = torch.mul(g_c[:, :, None], C_c[..., None], out=es[:len(g_c)])    # (T, b, N, d)
+            for t in reversed(range(len(g_c))):
+                torch.mul(a_c[t], e_c[t].add_(e), out=e)                    # a_t e_t, for step t-1
+            dw = (B_c[:, :, None] @ e_c).squeeze(2)                         # (T, b, d)
+            dB = (e_c @ w_c[..., None]).squeeze(-1)                         # (T, b, N)
+            dC = (hs_c[1:] @ g_c[..., None]).squeeze(-1)                    # (T, b, N)
+            q = e_c.mul_(a_c).mul_(hs_c[:-1])                               # (T, b, N, d)
+            if ctx.needs_input_grad[2]:
+                dA += torch.mul(q, dt_c[:, :, None], out=a_c).sum((0, 1))
+            out.append((dw, q.mul_(A_t).sum(2), dB, dC))
+        dw, ddt, dB, dC = (torch.cat(v[::-1]).transpose(0, 1) for v in zip(*out))
+        dD = (g * u).sum((0, 1)) if ctx.needs_input_grad[5] else None
+        return dt * dw + D * g, u * dw + ddt, dA.T, dB, dC, dD
+
+
+def selective_scan(u, dt, A, B, C, D):
+    """selective_scan_loop(...), the same numbers: chunked, with its gradient in closed form."""
+    return SelectiveScan.apply(u, dt, A, B, C, D)
+
+
+class Mamba(nn.Module):
+    """Linear -> causal conv -> selective scan, gated by SiLU -> [AdS or control] -> Linear.   Mamba, Sec. 3.4, Fig. 3
+
+    d_model       int         channels H; inside there are d = 2 H
+    d_state       int         states N of each inner channel
+    ads, control  str | None  see ads.middle: in front of the output Linear, on d channels
+
+    (B, L, H) -> (B, L, H). Kernel size 4, rank of dt ceil(H / 16), A = -(1 .. N): Mamba's defaults.
+    """
+
+    def __init__(self, d_model, d_state=16, ads=None, control=None):
+        super().__init__()
+        d, self.rank, self.N = 2 * d_model, -(-d_model // 16), d_state
+        self.into = nn.Linear(d_model, 2 * d, bias=False)                   # -> u and gate
+        self.conv = nn.Conv1d(d, d, 4, groups=d, padding=3)
+        self.select = nn.Linear(d, self.rank + 2 * d_state, bias=False)     # -> dt (low rank), B, C
+        self.step = nn.Linear(self.rank, d)                                 # low rank -> dt
+        self.log_minus_A = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d, 1))
+        self.D = nn.Parameter(torch.ones(d))
+        self.middle = middle(d, ads, control)
+        self.out = nn.Linear(d, d_model, bias=False)
+        dt = torch.exp(math.log(1e-3) + torch.rand(d) * (math.log(1e-1) - math.log(1e-3)))
+        nn.init.uniform_(self.step.weight, -self.rank ** -0.5, self.rank ** -0.5)
+        with torch.no_grad():
+            self.step.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
+
+    def parameters_of(self, u):
+        """dt (B, L, d) > 0, A (d, N) < 0, B and C (B, L, N) for the input u (B, L, d).  Mamba, Alg. 2"""
+        dt, B, C = self.select(u).split([self.rank, self.N, self.N], -1)
+        return F.softplus(self.step(dt)), -torch.exp(self.log_minus_A), B, C
+
+    def forward(self, z):
+        u, gate = self.into(z).chunk(2, -1)                                 # (B, L, d) each
+        u = F.silu(self.conv(u.transpose(1, 2))[..., :z.shape[1]].transpose(1, 2))
+        y = selective_scan(u, *self.parameters_of(u), self.D)               # (B, L, d)
+        return self.out(self.middle(y * F.silu(gate)))                      # (B, L, H)
+
+
+# --------------------------------------------------------------------------------------------------
+# The network around it
+# --------------------------------------------------------------------------------------------------
+
+class Classifier(nn.Module):
+    """Images -> tokens -> n x { z = LayerNorm(z + Mamba(z)) } -> mean over tokens -> logits.
+
+    in_channels, n_classes  int         colours of an image, classes
+    d_model, d_state        int         channels H, states N of an inner channel
+    n_layers, patch_size    int         blocks; a token is a patch of patch_size^2 pixels, row by row
+    ads, control            str | None  see ads.middle
+
+    Images (B, C, h, w) in [0, 1] -> logits (B, n_classes).  ValueError if patches do not fill the image.
+    """
+
+    def __init__(self, in_channels, n_classes, d_model=128, d_state=16, n_layers=4, patch_size=1,
+                 ads=None, control=None):
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, d_model, patch_size, patch_size)
+        self.norm = nn.LayerNorm(d_model)
+        self.blocks = nn.ModuleList(Mamba(d_model, d_state, ads, control) for _ in range(n_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layers))
+        self.head = nn.Linear(d_model, n_classes)
+
+    def embed(self, x):
+        """Images -> tokens (B, L, H): the one affine layer that YOPO differentiates again and again."""
+        P = self.patches.kernel_size[0]
+        if x.shape[-1] % P or x.shape[-2] % P:
+            raise ValueError(f"patch size {P} does not divide an image of {x.shape[-2]} x {x.shape[-1]}")
+        return self.patches(x).flatten(2).transpose(1, 2)                   # (B, L, H), row by row
+
+    def logits(self, z):
+        """Tokens (B, L, H) -> logits (B, n_classes)."""
+        z = self.norm(z)
+        for block, norm in zip(self.blocks, self.norms):
+            z = norm(z + block(z))                                          # (B, L, H)
+        return self.head(z.mean(1))                                         # (B, n_classes)
+
+    def forward(self, x):
+        return self.logits(self.embed(x))
+
+
+# --- shared text: the same in s4_adv.py, mamba_adv.py and attention_adv.py (a test compares) ---
+
+@contextmanager
+def frozen(model):
+    """Within it the weights are constants: eval mode, no weight gradients, each kernel computed once.
+
+    Every attack runs in it, and so does evaluation. It may be nested; mode, requires_grad and kernels
+    are as before afterwards, also when an exception is raised.
+    """
+    modules, weights = list(model.modules()), list(model.parameters())
+    before = [(m, m.training, getattr(m, "memo", None)) for m in modules]
+    wanted = [w.requires_grad for w in weights]
+    try:
+        model.eval().requires_grad_(False)
+        for m, _, memo in before:
+            m.memo = {} if memo is None else memo
+        yield
+    finally:
+        for m, training, memo in before:
+            m.training, m.memo = training, memo
+        for w, wants in zip(weights, wanted):
+            w.requires_grad_(wants)
+
+
+def once(module, key, make):
+    """make(), a function of the module's weights; inside `frozen` its first result is used again.
+
+    The weights' version counters are part of the key: a weight changed in place makes a new result.
+    """
+    memo = getattr(module, "memo", None)
+    if memo is None:
+        return make()
+    key = (key, *((id(w), w._version) for w in module.parameters()))
+    if key not in memo:
+        memo.clear()
+        memo[key] = make()
+    return memo[key]
+
+
+def ascend(model, loss, x, start, eps, alpha, steps):
+    """x_{k+1} = Proj(x_k + alpha sign grad loss(x_k)), Proj on |x' - x|_inf <= eps and [0, 1].
+
+    loss   function   points (B, C, h, w) -> a scalar, summed over the batch
+    start  like x     the first point, projected before its gradient is taken
+    The other arguments are those of pgd.  FloatingPointError if a gradient is not finite: the sign of
+    a NaN is 0, so the attack would silently stop and report robustness.
+    """
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    x_adv = start.detach().clamp(low, high)
+    finite = torch.ones((), dtype=torch.bool, device=x.device)
+    with frozen(model), torch.enable_grad():
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            grad, = torch.autograd.grad(loss(x_adv), x_adv)
+            finite = finite & grad.isfinite().all()
+            x_adv = (x_adv.detach() + alpha * grad.sign()).clamp(low, high)
+    if not finite:
+        raise FloatingPointError("the attack met a gradient that is not finite")
+    return x_adv.detach()
+
+
+def fgsm(model, x, y, eps):
+    """x + eps sign grad_x CE(model(x), y), clamped to [0, 1].       Goodfellow et al. 2015, Sec. 4; no random start"""
+    return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"), x, x, eps, eps, 1)
+
+
+def pgd(model, x, y, eps, alpha, steps):
+    """max_{|delta|_inf <= eps} CE(model(x + delta), y) by projected gradient ascent.    Madry et al. 2018, Sec. 2.1
+
+    x       (B, C, h, w)  images in [0, 1]
+    y       (B,)          labels
+    eps     float         radius, pixel units (8/255, not 8)
+    alpha   float         step, pixel units
+    steps   int           gradient steps, from one uniform random start in the ball
+
+    Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
+    gradients and train/eval mode are left as they were.  FloatingPointError: see ascend.
+    """
+    start = x + eps * (2 * torch.rand_like(x) - 1)
+    return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"),
+                  x, start, eps, alpha, steps)
+
+
+def pgd_at_loss(model, x, y, eps, alpha, steps):
+    """CE(model(x_adv), y), x_adv = pgd(...), mean over the batch; arguments as pgd.     Madry et al. 2018, Eq. (2.1)"""
+    return F.cross_entropy(model(pgd(model, x, y, eps, alpha, steps)), y)
+
+
+def trades_loss(model, x, y, eps, alpha, steps, beta):
+    """CE(model(x), y) + beta max_delta KL(p(x) || p(x + delta)), mean over the batch.   Zhang et al. 2019, Eq. (5)
+
+    beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
+    The maximum is sought from x + 0.001 normal noise, since the KL's gradient vanishes at x itself.
+    """
+    def kl(log_q, log_p, reduction):
+        return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)     # KL(p || q)
+
+    with frozen(model):
+        with torch.no_grad():
+            target = model(x).log_softmax(1)
+        x_adv = ascend(model, lambda z: kl(model(z).log_softmax(1), target, "sum"),
+                       x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
+    logits = model(x)
+    robust = kl(model(x_adv).log_softmax(1), logits.log_softmax(1), "batchmean")
+    return F.cross_entropy(logits, y) + beta * robust
+
+
+def accuracy(model, batches, attack=None):
+    """Share of (x, y) in batches that is classified correctly, and still is after attack(model, x, y).
+
+    batches  iterable of x (B, C, h, w), y (B,)
+    attack   function (model, x, y) -> x_adv, or None; it gets only what is still classified correctly,
+             since x itself lies in the ball: a clean error counts as broken
+
+    Returns a float in [0, 1].  ValueError without images, FloatingPointError if a logit is not finite.
+    """
+    def hits(x, y):
+        with torch.no_grad():
+            logits = model(x)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model returned a logit that is not finite")
+        return logits.argmax(1) == y
+
+    right = n = 0
+    with frozen(model):
+        for x, y in batches:
+            n += len(y)
+            ok = hits(x, y)
+            if attack is not None and ok.any():
+                x, y = x[ok], y[ok]
+                ok = hits(attack(model, x, y), y)
+            right += int(ok.sum())
+    if n == 0:
+        raise ValueError("accuracy of no images is not defined")
+    return right / n
+
+
+def param_groups(model, weight_decay):
+    """Two groups for AdamW: the weights of Linear and Conv layers decay; SSM parameters, norms, biases do not.
+
+    lam, dt and their kin are no weights of a linear layer: decay would pull the time constants of the
+    system to values that mean nothing (S4, App. on training; the authors' models decay all alike).
+    """
+    decay = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
+    groups = [[p for p in model.parameters() if (id(p) in decay) == wanted] for wanted in (True, False)]
+    return [{"params": groups[0], "weight_decay": weight_decay},
+            {"params": groups[1], "weight_decay": 0.0}]
+
+
+def drawn_digits(n, seed, size=28):
+    """n faint seven-segment digits on noise, ten classes: data without a download.
+
+    n, seed, size  int   images, random seed, height and width in pixels
+    Returns images (n, 1, size, size) uint8 and labels (n,) int64. Position, size, slant, rotation, stroke,
+    contrast (0.25 to 0.5 of the range) and noise vary; the faint strokes keep a standard model breakable.
+    """
+    ends = torch.tensor([[0, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 2], [0, 2, 1, 2], [0, 1, 0, 2],
+                         [0, 0, 0, 1], [0, 1, 1, 1]]) - torch.tensor([0.5, 1.0, 0.5, 1.0])
+    lit = "abcdef bc abged abgcd fgbc afgcd afgedc abc abcdefg abcdfg".split()
+    lit = torch.tensor([[s in digit for s in "abcdefg"] for digit in lit])      # (10, 7)
+    g = torch.Generator().manual_seed(seed)
+    grid = (torch.arange(size) + 0.5) / size - 0.5
+    images, labels = [], torch.randint(10, (n,), generator=g)
+    for y in labels.split(500):
+        def uniform(low, high):
+            return low + (high - low) * torch.rand(len(y), 1, 1, 1, generator=g)
+        angle, slant, scale = uniform(-0.25, 0.25), uniform(-0.3, 0.3), uniform(0.22, 0.32)
+        px, py = grid - uniform(-0.12, 0.12), grid[:, None] - uniform(-0.1, 0.1)
+        px, py = angle.cos() * px + angle.sin() * py, angle.cos() * py - angle.sin() * px
+        px, py = (px + slant * py) / scale, py / scale                      # (b, 1, size, size)
+        x0, y0, x1, y1 = (e.view(1, 7, 1, 1) for e in ends.unbind(1))
+        t = ((px - x0) * (x1 - x0) + (py - y0) * (y1 - y0)).clamp(0, 1)     # (b, 7, size, size)
+        far = torch.hypot(px - x0 - t * (x1 - x0), py - y0 - t * (y1 - y0))
+        far = torch.where(lit[y][..., None, None], far, 9.0).amin(1, keepdim=True)
+        ink = uniform(0.25, 0.5) * torch.sigmoid((uniform(0.08, 0.25) - far) / 0.05)
+        x = uniform(0.1, 0.4) + ink + 0.05 * torch.randn(ink.shape, generator=g)
+        images.append((x.clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(images), labels
+
+
+def demo(classifier, data_dir, epochs):
+    """PGD-AT of a small classifier(ads=...) on MNIST (or drawn digits), without and with AdS; prints a table."""
+    eps, alpha, steps, n_train, n_test = 0.1, 0.025, 5, 8000, 1000
+    try:
+        from torchvision.datasets import MNIST
+        sets = [MNIST(data_dir, train=t, download=False) for t in (True, False)]
+        name, sets = "MNIST", [(s.data[:, None], s.targets) for s in sets]
+    except (ImportError, RuntimeError):
+        name, eps, alpha = f"drawn digits (no MNIST in {data_dir})", 8 / 255, 2 / 255
+        sets = [drawn_digits(n_train, 0), drawn_digits(n_test, 1)]
+    (x, y), (x_test, y_test) = ((x[:n] / 255, y[:n]) for (x, y), n in zip(sets, (n_train, n_test)))
+    print(f"{name}: {len(x)} training, {len(x_test)} test images; PGD-AT, eps {eps:.3g}, {epochs} epochs")
+    print("             parameters   clean   PGD-10")
+    for ads in (None, "relu"):
+        torch.manual_seed(0)
+        model = classifier(ads=ads)
+        optimizer = torch.optim.AdamW(param_groups(model, 2e-4), lr=3e-3)
+        batches = -(-len(x) // 64)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+        for step in range(epochs * batches):
+            if step % batches == 0:
+                order = torch.randperm(len(x)).split(64)
+            ramp = min(1.0, step / (epochs * batches / 2))                  # eps grows: a linear block
+            i = order[step % batches]                                       # learns nothing at full eps
+            loss = pgd_at_loss(model, x[i], y[i], ramp * eps, ramp * alpha, steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        test = list(zip(x_test.split(250), y_test.split(250)))
+        robust = accuracy(model, test, lambda *args: pgd(*args, eps, alpha, 10))
+        print(f"{'with AdS' if ads else 'without AdS':12} {sum(p.numel() for p in model.parameters()):10,d}"
+              f"  {accuracy(model, test):6.1%}  {robust:6.1%}")
+
+# --- end of the shared text ---
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw (default: ./data)")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images (default: 4)")
+    args = parser.parse_args()
+    demo(lambda ads: Classifier(1, 10, d_model=64, d_state=16, n_layers=2, patch_size=4, ads=ads),
+         args.data_dir, args.epochs)
+
+
+if __name__ == "__main__":
+    main()
