@@ -24,7 +24,7 @@ CONTROLS = ("gelu", "glu", "mlp")
 
 
 class AdaptiveScaling(nn.Module):
-    """act(W1 y + b1) * y + act(W2 y + b2).                  Qi et al. 2024 (2406.05532), Sec. on AdS
+    """act(W1 y + b1) * y + act(W2 y + b2).             Qi et al. 2024 (2406.05532), Adaptive Scaling
 
     d_model     int    channels d; 2 (d^2 + d) parameters
     activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift
@@ -42,7 +42,7 @@ class AdaptiveScaling(nn.Module):
         self.shift = nn.Linear(d_model, d_model)                            # W2, b2
 
     def scale_and_shift(self, y):
-        """s(y), t(y): each (..., d_model), the two halves of AdS for whoever wants to look at them."""
+        """s(y), t(y): each (..., d_model), the two halves of AdS, to be looked at."""
         act = ACTIVATIONS[self.activation]
         return act(self.scale(y)), act(self.shift(y))
 
@@ -58,10 +58,10 @@ def middle(d_model, ads=None, control=None):
     d_model  int         channels d at that place
     ads      str | None  the activation of AdS: "relu" | "sigmoid" | "tanh"
     control  str | None  "gelu"  one plain non-linearity, no parameters
-                         "glu"   GELU, Linear(d, 2d), GLU: the usual S4 block; 2 (d^2 + d) parameters
+                         "glu"   GELU, Linear(d, 2d), GLU: the usual S4 block; parameters as AdS
                          "mlp"   Linear, GELU, Linear: as many parameters as AdS, no product with y
 
-    Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once or unknown names.
+    Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
     """
     if ads and control:
         raise ValueError(f"ads={ads!r} and control={control!r} name two things for one place; "
