@@ -766,6 +766,7 @@ def parser():
     flag("--d-model", type=int, metavar="H", help="channels", shown=by)
     flag("--d-state", type=int, metavar="N", help="states of a sequence map", shown="by data set; mamba, attention 16; "
          "s5 H")
+    flag("--d-hidden", type=int, metavar="V", help="attention: channels of values and feed-forward", shown=by)
     flag("--n-layers", type=int, metavar="N", help="blocks", shown=by)
     flag("--patch-size", type=int, metavar="P", help="a token is a patch of P x P pixels", shown="1; tiny-imagenet, "
          "synthetic 4")
@@ -836,7 +837,7 @@ def check(c):
     for name in ("eps", "alpha"):
         if not 0 <= getattr(c, name) <= 1:
             refuse(name, "it must lie in [0, 1], pixel units; 8/255, not 8")
-    for name in ("d_model", "d_state", "n_layers", "patch_size", "batch_size", "epochs", "classes", "eval_every",
+    for name in ("d_model", "d_state", "d_hidden", "n_layers", "patch_size", "batch_size", "epochs", "classes", "eval_every",
                  "replays", "train_size", "test_size"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
             refuse(name, "it must be at least 1")
