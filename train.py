@@ -120,18 +120,20 @@ def torchvision_data(name, root):
 def download(kind, root, folder):
     """torchvision's download, into a folder beside its place first: half of it is never left there."""
     import shutil
-    part = root / f".{folder}.part"
+    part, made = root / f".{folder}.part", [d for d in (root, *root.parents) if not d.exists()]
     try:
         kind(part, download=True)
         os.replace(part / folder, root / folder)
     except Exception as e:
-        raise UserError(f"--data-dir {root}: there is no {folder}, and it could not be downloaded ({e}); put "
+        raise UserError(f"--data-dir {root}: there is no {folder}, and it could not be downloaded "
+                        f"({str(e).splitlines()[0]}); put "
                         f"torchvision's files into {root / folder}, or use --dataset synthetic, which needs "
                         "none") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if root.is_dir() and not any(root.iterdir()):
-            root.rmdir()
+        for folder in made:                                                 # nothing is left of a failure
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def tiny_imagenet(root, n_classes):
@@ -284,9 +286,14 @@ def new_run(c):
     noise = torch.zeros(c.batch_size, *c.shape, device=c.device, dtype=next(model.parameters()).dtype)
     return SimpleNamespace(
         c=c, model=model, optimizer=torch.optim.AdamW(param_groups(model, c.weight_decay), lr=c.lr),
-        noise=noise if c.method == "free" else None,                        # FreeAT's, one slot per image
+        noise=noise if c.method == "free" else None, epochs=math.ceil(c.epochs / replays(c)),                        # FreeAT's, one slot per image
         epoch=0, batch=0, loss=0.0, seen=0, skipped=0, seconds=0.0,         # where it stands in the epoch
         rows=[], best=None, saved=time.monotonic())
+
+
+def replays(c):
+    """Optimiser steps on a batch, and what the number of epochs is divided by: M for FreeAT, else 1."""
+    return c.replays if c.method == "free" else 1
 
 
 COUNTERS = ("epoch", "batch", "loss", "seen", "skipped", "seconds", "rows", "best")
@@ -427,7 +434,7 @@ def descend(run, backward, x, n):
 
 def train_batch(run, x, y, n):
     """All optimiser steps on one batch: one, or as many as FreeAT has replays."""
-    c, at = run.c, run.epoch + run.batch / run.batches
+    c, at = run.c, (run.epoch + run.batch / run.batches) * replays(run.c)
     ramp = min(1.0, at / c.eps_warmup) if c.eps_warmup else 1.0
     eps, alpha = ramp * c.eps, ramp * c.alpha
 
@@ -460,7 +467,7 @@ def train_epoch(run, images, labels):
     order = torch.Generator().manual_seed(seed_of(c.seed, "order", run.epoch))
     batches = torch.randperm(len(images), generator=order).to(device).split(c.batch_size)
     for group in run.optimizer.param_groups:                                # cosine to 0, per epoch
-        group["lr"] = c.lr * 0.5 * (1 + math.cos(math.pi * run.epoch / c.epochs))
+        group["lr"] = c.lr * 0.5 * (1 + math.cos(math.pi * run.epoch / run.epochs))
     run.model.train()
     while run.batch < len(batches):
         i = batches[run.batch]
@@ -492,7 +499,7 @@ def progress(run, batches):
     """The live line: only on a terminal."""
     if rank() == 0 and sys.stdout.isatty():
         per_batch = run.seconds / run.batch
-        left, later = (batches - run.batch) * per_batch, (run.c.epochs - run.epoch - 1) * batches * per_batch
+        left, later = (batches - run.batch) * per_batch, (run.epochs - run.epoch - 1) * batches * per_batch
         print(f"\r{run.epoch + 1:5d}  batch {run.batch}/{batches}  loss {run.loss / max(run.seen, 1):.3f}  "
               f"{clock(left)} left of the epoch, {clock(left + later)} of the run \033[K", end="", flush=True)
 
@@ -513,7 +520,7 @@ def train(c, data, state=None):
         say(f"{c.model}{' + AdS ' + c.ads if c.ads else ''}{' + ' + c.control if c.control else ''}: "
             f"{sum(p.numel() for p in run.model.parameters() if p.requires_grad):,} trainable parameters; "
             f"{c.dataset}, {len(data['train'][0]):,} training images, {c.method}, eps {show(c.eps)}, "
-            f"{c.epochs} epochs; {c.out}")
+            f"{run.epochs} epochs; {c.out}")
         save(run)
     else:
         say(f"{c.out}: going on at epoch {run.epoch + 1}, batch {run.batch + 1}")
@@ -528,15 +535,15 @@ def train(c, data, state=None):
     say(head)
     for row in run.rows:
         say(format_row(row, c))
-    select = c.select
-    while run.epoch < c.epochs:
+    while run.epoch < run.epochs:
         train_epoch(run, *data["train"])
         row = end_epoch(run, data)
-        if rank() == 0 and (run.best is None or (row[f"{select}_pgd-10"], row[f"{select}_clean"]) >
-                            (run.best[f"{select}_pgd-10"], run.best[f"{select}_clean"])):
-            write(Path(c.out) / "best.pt", {"format": 1, "config": vars(c), "epoch": run.epoch,
-                                            "model": run.model.state_dict()})
-            run.best = row
+        score = row[f"{c.select}_pgd-10"], row[f"{c.select}_clean"]
+        if score[0] is not None and (run.best is None or score > tuple(run.best)):
+            run.best = list(score)
+            if rank() == 0:
+                write(Path(c.out) / "best.pt", {"format": 1, "config": vars(c), "epoch": run.epoch,
+                                                "model": run.model.state_dict()})
         save(run)
         if rank() == 0:
             write_csv(Path(c.out) / "log.csv", run.rows)
@@ -556,7 +563,7 @@ def end_epoch(run, data):
     c, device = run.c, data["train"][0].device
     loss, seen = total([run.loss, run.seen], device)
     row = {"epoch": run.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], "loss": loss / max(seen, 1)}
-    measure = (run.epoch + 1) % c.eval_every == 0 or run.epoch + 1 == c.epochs
+    measure = (run.epoch + 1) % c.eval_every == 0 or run.epoch + 1 == run.epochs
     for name in watched(c):
         images, labels = (v[:c.eval_train] if name == "train" else v for v in data[name])
         for spec in ("clean", "pgd-10"):
@@ -592,8 +599,8 @@ def finish(run, data):
     if world() > 1:
         dist.barrier()
     best, table = read_checkpoint(out / "best.pt", "--resume"), {}
-    for name, weights, epoch in (("Last", run.model.state_dict(), c.epochs), ("Best", best["model"], best["epoch"])):
-        if name == "Best" and epoch == c.epochs:
+    for name, weights, epoch in (("Last", run.model.state_dict(), run.epochs), ("Best", best["model"], best["epoch"])):
+        if name == "Best" and epoch == run.epochs:
             table["Best"] = table["Last"]
             continue
         run.model.load_state_dict(weights)
@@ -712,7 +719,10 @@ def evaluate_checkpoint(c, state):
 
 def fraction(text):
     """'8/255', '0.031' -> float."""
-    return float(Fraction(text))
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text} is no number; write it as 8/255 or 0.031") from None
 
 
 def show(value):
@@ -727,8 +737,10 @@ def comma_list(text):
 
 def pair(text):
     """'5-3' -> [5, 3]."""
-    m, n = map(int, text.split("-"))
-    return [m, n]
+    m, _, n = text.partition("-")
+    if not (m.isdigit() and n.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form M-N; write it as 5-3")
+    return [int(m), int(n)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -803,8 +815,6 @@ def settings(argv):
     c = SimpleNamespace(**chosen)
     c.d_state = given.get("d_state", c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state))
     c.eps_warmup = c.eps_warmup or 0.0
-    if c.method == "free":
-        c.epochs = max(1, math.ceil(c.epochs / max(c.replays, 1)))
     path, flag, state, free = c.resume, "--resume", None, FREE
     if c.evaluate:
         path, flag, free = c.evaluate, "--evaluate", FREE + EVALUATION
@@ -908,6 +918,8 @@ def main(argv=None):
         say(f"\nstopped; go on with: python train.py --resume {c.out}", file=sys.stderr)
         return 130
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
