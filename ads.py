@@ -24,7 +24,7 @@ CONTROLS = ("gelu", "glu", "mlp")
 
 
 class AdaptiveScaling(nn.Module):
-    """act(W1 y + b1) * y + act(W2 y + b2).             Qi et al. 2024 (2406.05532), Adaptive Scaling
+    """act(W1 y + b1) * y + act(W2 y + b2).             Qi et al. 2024 (2406.05532), AdS
 
     d_model     int    channels d; 2 (d^2 + d) parameters
     activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift

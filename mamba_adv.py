@@ -381,7 +381,7 @@ def drawn_digits(n, seed, size=28):
     g = torch.Generator().manual_seed(seed)
     images, labels = [], torch.randint(10, (n,), generator=g)
     for y in labels.split(500):
-        affine = torch.rand(len(y), 2, 3, generator=g) - 0.5                # tilt, slant, shift
+        affine = 0.4 * (torch.rand(len(y), 2, 3, generator=g) - 0.5)        # tilt, slant, shift
         affine += torch.tensor([[2.2, 0.0, 0.0], [0.0, 1.7, 0.0]])          # and size
         grid = F.affine_grid(affine, (len(y), 1, size, size), align_corners=False)
         ink = F.grid_sample(torch.tensor(font)[y][:, None].float(), grid, align_corners=False)
@@ -432,7 +432,7 @@ def main():
     parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
     args = parser.parse_args()
-    demo(lambda ads: Classifier(1, 10, d_model=32, d_state=8, n_layers=2, patch_size=4, ads=ads),
+    demo(lambda ads: Classifier(1, 10, d_model=32, n_layers=2, patch_size=7, ads=ads),
          args.data_dir, args.epochs, n_train=4000)
 
 

@@ -576,7 +576,7 @@ def drawn_digits(n, seed, size=28):
     g = torch.Generator().manual_seed(seed)
     images, labels = [], torch.randint(10, (n,), generator=g)
     for y in labels.split(500):
-        affine = torch.rand(len(y), 2, 3, generator=g) - 0.5                # tilt, slant, shift
+        affine = 0.4 * (torch.rand(len(y), 2, 3, generator=g) - 0.5)        # tilt, slant, shift
         affine += torch.tensor([[2.2, 0.0, 0.0], [0.0, 1.7, 0.0]])          # and size
         grid = F.affine_grid(affine, (len(y), 1, size, size), align_corners=False)
         ink = F.grid_sample(torch.tensor(font)[y][:, None].float(), grid, align_corners=False)

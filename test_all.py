@@ -8,7 +8,10 @@ section "Parity" writes all five models once more, in numpy loops, from the form
 """
 import ast
 import copy
+import functools
 import inspect
+import json
+import math
 import os
 import pickle
 import re
@@ -27,6 +30,7 @@ import ads
 import attention_adv
 import mamba_adv
 import s4_adv
+import train
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted(file.name for file in HERE.glob("*.py"))
@@ -916,3 +920,622 @@ def test_drawn_digits_show_their_labels():
     gram = x[:3000].T @ x[:3000] + 10 * torch.eye(785)
     w = torch.linalg.solve(gram, x[:3000].T @ F.one_hot(y[:3000]).double())
     assert ((x[3000:] @ w).argmax(1) == y[3000:]).double().mean() > 0.3         # chance is 0.1
+
+
+# ---- train.py: data ------------------------------------------------------------------------------
+
+TINY = (
+    "--d-model 8 --d-state 4 --n-layers 1 --patch-size 14 --batch-size 16 --train-size 32 "
+    "--test-size 20 --epochs 1 --steps 2"
+).split()
+DATA = next(
+    (
+        Path(d)
+        for d in (os.environ.get("SSM_ADV_DATA"), HERE.parent / "shared" / "data", HERE / "data")
+        if d and Path(d).is_dir()
+    ),
+    None,
+)
+
+
+train.drawn_digits = functools.cache(train.drawn_digits)  # a function of its arguments
+
+
+def needs(folder):
+    return pytest.mark.skipif(
+        DATA is None or not (DATA / folder).exists(),
+        reason=f"no {folder} in SSM_ADV_DATA, ../shared/data or ./data",
+    )
+
+
+def settings(*words):
+    return train.settings([*words, "--device", "cpu"])[0]
+
+
+def run(out, *words):
+    """train.main in this process, on the drawn digits unless told otherwise."""
+    kind = (
+        [] if {"--dataset", "--resume", "--evaluate"} & set(words) else ["--dataset", "synthetic"]
+    )
+    return train.main([*kind, *words, "--out", str(out), "--device", "cpu"])
+
+
+def log(out):
+    """log.csv without its last column, the seconds, which no two runs share."""
+    return [line.rsplit(",", 1)[0] for line in (Path(out) / "log.csv").read_text().splitlines()]
+
+
+def weights(out, name="last.pt"):
+    return torch.load(Path(out) / name, weights_only=True)["model"]
+
+
+def test_the_last_1000_training_images_are_held_out_and_sizes_take_the_first():
+    whole = train.load_data(
+        settings("--dataset", "synthetic", "--out", "x", "--train-size", "10000")
+    )
+    part = train.load_data(
+        settings("--dataset", "synthetic", "--out", "x", "--train-size", "7", "--test-size", "5")
+    )
+    assert [len(whole[k][0]) for k in ("train", "val", "test")] == [10_000, 1000, 500]
+    assert [len(part[k][0]) for k in ("train", "val", "test")] == [7, 1000, 5]
+    for kind, n in (("train", 7), ("val", 1000), ("test", 5)):
+        assert all(torch.equal(a, b[:n]) for a, b in zip(part[kind], whole[kind]))
+    both = torch.cat([whole["train"][0], whole["val"][0]])
+    assert torch.equal(both, s4_adv.drawn_digits(11_000, 0)[0])
+
+
+@pytest.mark.parametrize(
+    "dataset,folder,shape,mean",
+    [
+        ("mnist", "MNIST", (1, 28, 28), 0.1307),
+        ("cifar10", "cifar-10-batches-py", (3, 32, 32), 0.4734),
+    ],
+)
+def test_real_images_are_whole_upright_and_in_the_published_mean(dataset, folder, shape, mean):
+    if DATA is None or not (DATA / folder).exists():
+        pytest.skip(f"no {folder} in SSM_ADV_DATA, ../shared/data or ./data")
+    data = train.load_data(settings("--dataset", dataset, "--data-dir", str(DATA), "--out", "x"))
+    n = {"mnist": 59_000, "cifar10": 49_000}[dataset]
+    assert data["train"][0].shape == (n, *shape) and data["test"][0].shape == (10_000, *shape)
+    x = torch.cat([data["train"][0], data["val"][0]])
+    assert x.dtype == torch.uint8 and abs(float(x.float().mean()) / 255 - mean) < 1e-3
+    rows, columns = (x.float().diff(dim=d).abs().mean() for d in (-2, -1))
+    assert 0.5 < rows / columns < 2  # neighbours are alike both ways
+    counts = torch.bincount(torch.cat([data["train"][1], data["val"][1]]))
+    assert len(counts) == 10 and (dataset == "mnist" or set(counts.tolist()) == {5000})
+
+
+@needs("tiny-imagenet-200")
+def test_tiny_imagenet_is_decoded_once_into_a_cache_outside_the_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSM_ADV_CACHE", str(tmp_path))
+    x, y, x_test, y_test = train.tiny_imagenet(DATA / "tiny-imagenet-200", 2)
+    assert x.shape == (1000, 3, 64, 64) and x_test.shape == (100, 3, 64, 64)
+    assert x.dtype == torch.uint8 and torch.bincount(y).tolist() == [500, 500]
+    assert 200 < int(y[:500].sum()) < 300  # shuffled, not class by class
+    from torchvision import io
+
+    monkeypatch.setattr(io, "decode_jpeg", None)  # a second decoding would fail
+    again = train.tiny_imagenet(DATA / "tiny-imagenet-200", 2)
+    assert all(torch.equal(a, b) for a, b in zip(again, (x, y, x_test, y_test)))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_augmentation_shifts_each_image_by_its_own_choice_and_mirrors_half():
+    x = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5).expand(400, 1, 5, 5)
+    out = train.augment(x, 2, True, torch.Generator().manual_seed(0))
+    wide = F.pad(x[:1], (2,) * 4)[0, 0]
+    crops = {}
+    for i in range(5):
+        for j in range(5):
+            crop = wide[i : i + 5, j : j + 5]
+            crops[crop.numpy().tobytes()], crops[crop.flip(-1).numpy().tobytes()] = (i, j, 0), (
+                i,
+                j,
+                1,
+            )
+    seen = [crops[image[0].numpy().tobytes()] for image in out]  # KeyError: no crop of the image
+    assert len({(i, j) for i, j, _ in seen}) == 25 and 150 < sum(m for *_, m in seen) < 250
+    assert torch.equal(train.augment(x, 0, False, torch.Generator()), x)
+
+
+# ---- train.py: FreeAT and YOPO -------------------------------------------------------------------
+
+
+def tiny_model(name):
+    d_state = {"s5": 8}.get(name, 4)
+    extra = {"ssm": name} if MODELS[name] is s4_adv else {}
+    return scrambled(MODELS[name].Classifier(1, 10, 8, d_state, 1, 2, **extra))
+
+
+def test_a_free_replay_is_one_backward_pass_that_serves_weights_and_noise(name):
+    model, twin = tiny_model(name), tiny_model(name)
+    twin.load_state_dict(model.state_dict())
+    x, y, noise = torch.rand(3, 1, 4, 4).double(), torch.tensor([1, 2, 3]), 0.1 * randn(3, 1, 4, 4)
+    noise = noise.clamp(-EPS, EPS)
+    x_adv = (x + noise).clamp(0, 1).requires_grad_()
+    loss = F.cross_entropy(twin(x_adv), y)
+    loss.backward()
+    expected = (noise + EPS * x_adv.grad.sign()).clamp(-EPS, EPS)
+    assert train.free_backward(model, x, y, noise, EPS) == loss
+    assert torch.equal(noise, expected) and not torch.equal(x_adv.grad, torch.zeros_like(x))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_free_at_replays_m_times_carries_its_noise_and_divides_its_epochs(tmp_path, monkeypatch):
+    calls, real = [], train.free_backward
+
+    def spy(model, x, y, noise, eps):
+        before, w = noise.clone(), next(model.parameters()).detach().clone()
+        loss = real(model, x, y, noise, eps)
+        calls.append((x.clone(), before, noise.clone(), w))
+        return loss
+
+    monkeypatch.setattr(train, "free_backward", spy)
+    assert run(tmp_path / "free", *TINY, "--method", "free", "--replays", "3", "--epochs", "6") == 0
+    assert (
+        len(calls) == 2 * 2 * 3 and len(log(tmp_path / "free")) == 1 + 2
+    )  # epochs, batches, replays
+    assert torch.equal(calls[0][1], torch.zeros_like(calls[0][1]))
+    for a, b in zip(calls, calls[1:]):
+        assert torch.equal(b[1], a[2]) and not torch.equal(
+            b[3], a[3]
+        )  # noise carried, weights moved
+    assert all(
+        torch.equal(calls[3 * i][0], calls[3 * i + k][0]) for i in range(4) for k in range(3)
+    )
+
+
+def test_yopo_holds_minus_the_gradient_at_the_embedding(name, monkeypatch):
+    model, x, y = tiny_model(name), torch.rand(2, 1, 4, 4).double(), torch.tensor([1, 2])
+    seen, real = [], train.ascend
+
+    def spy(model, loss, x, start, *args):
+        v = start.clone().requires_grad_()
+        seen.append((start, torch.autograd.grad(loss(v), v)[0]))
+        return real(model, loss, x, start, *args)
+
+    monkeypatch.setattr(train, "ascend", spy)
+    train.yopo_backward(model, x, y, EPS, ALPHA, 1, 2)
+    (start, ascent), h = seen[0], 1e-6
+    d = randn(*x.shape)  # loss goes up by <grad, d>: p is its negative
+    with torch.no_grad():
+        rise = F.cross_entropy(model(start + h * d), y) - F.cross_entropy(model(start - h * d), y)
+    close((ascent * d).sum(), rise / (2 * h), 1e-6)
+
+
+def test_yopo_5_3_passes_five_times_through_the_network_and_stays_in_ball_and_box(monkeypatch):
+    model, x, y = tiny_model("s4"), torch.rand(2, 1, 4, 4).double(), torch.tensor([1, 2])
+    full, points, embed, logits = [], [], model.embed, model.logits
+    monkeypatch.setattr(model, "logits", lambda z: full.append(1) or logits(z))
+    monkeypatch.setattr(model, "embed", lambda v: points.append(v.detach()) or embed(v))
+    train.yopo_backward(model, x, y, EPS, ALPHA, 5, 3)
+    assert len(full) == 5 and len(points) == 5 * (1 + 3 + 1)
+    for v in points:
+        assert (v - x).abs().max() <= EPS + 1e-12 and v.min() >= 0 and v.max() <= 1
+    assert (points[0] - x).unique().numel() > 4  # a uniform start, not a corner
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_yopo_without_inner_steps_and_radius_is_standard_training():
+    model, twin = tiny_model("dss"), tiny_model("dss")
+    twin.load_state_dict(model.state_dict())
+    x, y = torch.rand(2, 1, 4, 4).double(), torch.tensor([1, 2])
+    loss = F.cross_entropy(twin(x), y)
+    loss.backward()
+    close(train.yopo_backward(model, x, y, 0.0, 0.0, 2, 1), loss.detach())
+    for a, b in zip(model.parameters(), twin.parameters()):
+        close(a.grad, b.grad)
+
+
+# ---- train.py: runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("ads_given", ([], ["--ads"]), ids=("without", "ads"))
+def test_every_model_trains_two_steps_by_every_method_with_and_without_ads(
+    name, method, ads_given, tmp_path
+):
+    data = (
+        ["--dataset", "mnist", "--data-dir", str(DATA)]
+        if DATA and (DATA / "MNIST").exists()
+        else []
+    )
+    before = weights_at_start(name, method, ads_given, data)
+    assert (
+        run(
+            tmp_path / "run",
+            *TINY,
+            *data,
+            "--model",
+            name,
+            "--method",
+            method,
+            *ads_given,
+            "--replays",
+            "1",
+        )
+        == 0
+    )
+    after = weights(tmp_path / "run")
+    trained = [k for k in before if not torch.equal(before[k], after[k])]
+    assert {
+        k
+        for k, _ in train.build(
+            settings(*data, *TINY, "--model", name, *ads_given, "--out", "x")
+        ).named_parameters()
+    } == set(trained)
+
+
+def weights_at_start(name, method, ads_given, data):
+    data = data or ["--dataset", "synthetic"]
+    return train.build(
+        settings(*data, *TINY, "--model", name, *ads_given, "--out", "x")
+    ).state_dict()
+
+
+@pytest.mark.parametrize("method", ("pgd", "free", "yopo"))
+def test_a_run_cut_after_any_batch_resumes_bit_for_bit(method, tmp_path, monkeypatch):
+    words = [*TINY, "--method", method, "--epochs", "3", "--replays", "1", "--save-every", "0"]
+    assert run(tmp_path / "whole", *words) == 0
+    real, todo = train.train_batch, [0]
+
+    def dies(*args):
+        todo[0] -= 1
+        if todo[0] < 0:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_batch", dies)
+    for cuts in range(7):  # 3 epochs of 2 batches
+        todo[0] = 1
+        try:
+            assert run(tmp_path / "cut", *words, *(["--resume"] if cuts else [])) == 0
+            break
+        except MemoryError:
+            pass
+    assert cuts == 5 and log(tmp_path / "cut") == log(tmp_path / "whole")
+    for kind in ("last.pt", "best.pt"):
+        a, b = weights(tmp_path / "whole", kind), weights(tmp_path / "cut", kind)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run(tmp_path / out, *TINY, "--seed", seed) == 0
+    a, b, c = (weights(tmp_path / out) for out in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a) and log(tmp_path / "a") == log(tmp_path / "b")
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_best_is_the_highest_pgd_10_on_the_held_out_images_and_diff_is_best_minus_last(
+    tmp_path, monkeypatch, capsys
+):
+    scores, real = iter([0.2, 0.5, 0.3]), train.evaluate
+
+    def planted(model, images, labels, specs, c, place):
+        found = real(model, images[:20], labels[:20], specs, c, place)
+        if place[0] == "val":
+            found["pgd-10"]["accuracy"] = next(scores)
+        return found
+
+    monkeypatch.setattr(train, "evaluate", planted)
+    assert run(tmp_path / "run", *TINY, "--epochs", "3") == 0
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == 2
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["Best"]["epoch"], result["Last"]["epoch"]) == (2, 3)
+    for k in ("clean", "pgd-10"):
+        assert result["Diff"][k] == result["Best"][k] - result["Last"][k]
+    assert "Best (epoch 2)" in capsys.readouterr().out
+
+
+def test_eps_and_alpha_grow_linearly_through_the_warm_up(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train,
+        "loss_of",
+        lambda method, model, x, y, eps, alpha, *rest: seen.append((eps, alpha))
+        or F.cross_entropy(model(x), y),
+    )
+    assert (
+        run(
+            tmp_path / "run",
+            *TINY,
+            "--epochs",
+            "3",
+            "--eps-warmup",
+            "2",
+            "--eps",
+            "0.4",
+            "--alpha",
+            "0.1",
+        )
+        == 0
+    )
+    close([e for e, _ in seen], [0, 0.1, 0.2, 0.3, 0.4, 0.4])
+    close([a for _, a in seen], [0, 0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_dropped_and_counted(
+    tmp_path, monkeypatch, capsys
+):
+    real, n = train.loss_of, [0]
+
+    def explodes(*args):
+        n[0] += 1
+        return real(*args) * (math.nan if n[0] == 2 else 1.0)
+
+    monkeypatch.setattr(train, "loss_of", explodes)
+    assert run(tmp_path / "stop", *TINY) == 2
+    assert "not finite at epoch 1, batch 2" in capsys.readouterr().err
+    n[0] = 0
+    assert run(tmp_path / "skip", *TINY, "--nan", "skip") == 0
+    assert [row.split(",")[-1] for row in log(tmp_path / "skip")] == ["skipped", "1"]
+    assert all(v.isfinite().all() for v in weights(tmp_path / "skip").values())
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.write(path, "before")
+    monkeypatch.setattr(
+        train.os, "fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(train.UserError, match="No space left"):
+        train.write(path, "after")
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
+    words = [*TINY, "--epochs", "2", "--save-every", "0"]
+    assert run(tmp_path / "run", *words) == 0
+    whole = log(tmp_path / "run"), weights(tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert run(tmp_path / "run", *words, "--resume") == 0
+    assert "damaged" in capsys.readouterr().err
+    assert log(tmp_path / "run") == whole[0]
+    assert all(torch.equal(v, whole[1][k]) for k, v in weights(tmp_path / "run").items())
+
+
+# ---- train.py: evaluation ------------------------------------------------------------------------
+
+
+def test_evaluation_counts_by_hand_and_attacks_only_what_is_still_right(monkeypatch):
+    c = settings("--dataset", "synthetic", "--out", "x", "--batch-size", "4")
+    images = torch.randint(256, (10, 1, 4, 4), dtype=torch.uint8)
+    model, asked = tiny_model("s4").float(), []
+    with torch.no_grad():
+        labels = model(images.float() / 255).argmax(1)
+    labels[::3] = (labels[::3] + 1) % 10  # 4 of 10 are wrong from the start
+
+    def breaks_the_first(model, x, y):
+        asked.append(len(x))
+        return torch.cat([1 - x[:1], x[1:]])
+
+    monkeypatch.setattr(
+        train, "attacks_of", lambda spec, c: [] if spec == "clean" else [breaks_the_first]
+    )
+    found = train.evaluate(model, images, labels, ("clean", "x"), c, "here")
+    assert found["clean"]["right"] == 6 and found["clean"]["accuracy"] == 0.6 and sum(asked) == 6
+    with torch.no_grad():
+        right = model(images.float() / 255).argmax(1) == labels
+        broken = sum(
+            int(
+                model(1 - images[b][right[b]][:1].float() / 255).argmax(1) != labels[b][right[b]][0]
+            )
+            for b in (slice(0, 4), slice(4, 8), slice(8, 10))
+        )
+    assert found["x"]["right"] == 6 - broken
+
+
+def test_the_interval_is_wilsons():
+    low, high = train.interval(7, 10)
+    for p in (low, high):  # |7/10 - p| = z sqrt(p (1-p) / n)
+        close(abs(0.7 - p), 1.959964 * math.sqrt(p * (1 - p) / 10))
+    assert train.interval(0, 10)[0] == 0 and 0.2 < train.interval(0, 10)[1] < 0.35
+
+
+def test_evaluate_measures_a_checkpoint_and_writes_csv_and_json(tmp_path, capsys):
+    assert run(tmp_path / "run", *TINY) == 0
+    best = tmp_path / "run" / "best.pt"
+    assert (
+        train.main(
+            ["--evaluate", str(best), "--attacks", "clean,fgsm,pgd-3x2", "--test-size", "30"]
+        )
+        == 0
+    )
+    rows = json.loads((tmp_path / "run" / "best-evaluation.json").read_text())["rows"]
+    assert [r["attack"] for r in rows] == ["clean", "fgsm", "pgd-3x2"] and {
+        r["n"] for r in rows
+    } == {30}
+    assert rows[0]["accuracy"] >= max(r["accuracy"] for r in rows[1:])
+    assert (tmp_path / "run" / "best-evaluation.csv").read_text().count("\n") == 4
+    assert "95 % interval" in capsys.readouterr().out
+
+
+# ---- train.py: many processes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ("standard", "free"))
+def test_two_processes_give_the_run_of_one(method, tmp_path):
+    words = [
+        *TINY,
+        "--dataset",
+        "synthetic",
+        "--precision",
+        "fp64",
+        "--method",
+        method,
+        "--replays",
+        "2",
+        "--epochs",
+        "2",
+        "--train-size",
+        "41",
+        "--device",
+        "cpu",
+        "--attacks",
+        "clean",
+    ]
+    assert run(tmp_path / "one", *words) == 0
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    subprocess.run(
+        [*torchrun, str(HERE / "train.py"), *words, "--out", str(tmp_path / "two")],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=300,
+    )
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for k in one:
+        close(two[k], one[k], 1e-9)
+    assert len(log(tmp_path / "two")) == len(log(tmp_path / "one"))
+
+
+# ---- train.py: the command line ------------------------------------------------------------------
+
+
+def test_presets_are_the_papers_protocol():
+    c = settings("--out", "x")
+    assert (c.dataset, c.model, c.method, c.ads) == ("cifar10", "s4", "pgd", None)
+    assert (c.n_layers, c.d_model, c.d_state, c.epochs, c.batch_size) == (4, 128, 64, 180, 256)
+    assert (c.eps, c.alpha, c.steps, c.beta, c.lr, c.weight_decay) == (
+        8 / 255,
+        2 / 255,
+        10,
+        6,
+        1e-3,
+        2e-4,
+    )
+    c = settings("--dataset", "mnist", "--out", "x")
+    assert (c.n_layers, c.d_state, c.epochs, c.eps, c.alpha, c.beta) == (2, 32, 100, 0.3, 0.04, 1)
+    assert settings("--model", "mamba", "--out", "x").d_state == 16
+    assert settings("--model", "s5", "--out", "x").d_state == 128
+
+
+def test_flags_take_fractions_and_both_spellings():
+    c = settings(
+        "--epsilon", "4/255", "--step-size", "1/255", "--num-steps", "7", "--ads", "--out", "x"
+    )
+    assert (c.eps, c.alpha, c.steps, c.ads) == (4 / 255, 1 / 255, 7, "relu")
+    assert settings("--ads", "tanh", "--eps", "0.031", "--out", "x").eps == 0.031
+
+
+BAD = {
+    "--model lstm": "invalid choice: 'lstm'",
+    "--method fast": "invalid choice: 'fast'",
+    "--dataset svhn": "invalid choice: 'svhn'",
+    "--ads gelu": "invalid choice: 'gelu'",
+    "--eps 8": "--eps 8.0: it must lie in [0, 1], pixel units; 8/255, not 8",
+    "--eps eight": "eight is no number; write it as 8/255 or 0.031",
+    "--alpha -0.1": "--alpha -0.1: it must lie in [0, 1]",
+    "--steps -1": "--steps -1: it must be a number of at least 0",
+    "--lr 0": "--lr 0.0: it must be a number above 0",
+    "--yopo 5": "5 is not of the form M-N; write it as 5-3",
+    "--dataset cifar10 --data-dir EMPTY": "put torchvision's files into",
+    "--dataset cifar10 --data-dir BROKEN": "cifar-10-batches-py there is incomplete or damaged",
+    "--dataset mnist --data-dir BROKEN": "MNIST there is incomplete or damaged",
+    "--dataset tiny-imagenet --data-dir EMPTY": "no Tiny-ImageNet there",
+    "--dataset tiny-imagenet --data-dir BROKEN --classes 2": "has the images of 1 classes",
+    "--patch-size 5": "--patch-size 5: it does not divide an image of 32 x 32 pixels",
+    "--ads --control mlp": "--control mlp: it stands in the place of --ads relu; give one of them",
+    "--d-state 63": "--d-state 63: s4 stores conjugate pairs; give an even number",
+    "--device cuda:99": "--device cuda:99: there is no such device here",
+    "--device tpu9": "--device tpu9: there is no such device here",
+    "--attacks clean,magic": "--attacks magic: no such attack",
+    "--dataset synthetic --train-size 20000": "--train-size 20000: synthetic has 10000 such images",
+    "--dataset synthetic --out FILE/run": "cannot be written",
+    "--dataset synthetic --out OTHER": "holds another run",
+    "--resume NOWHERE": "there is no such file or folder",
+    "--resume FILE": "this is damaged, or no checkpoint of this program",
+    "--evaluate FILE": "this is damaged, or no checkpoint of this program",
+    "--colour blue": "unrecognized arguments: --colour blue",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_is_written(
+    words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "download", refused) if "EMPTY" in words else None
+    for folder in (
+        "EMPTY",
+        "BROKEN/cifar-10-batches-py",
+        "BROKEN/MNIST/raw",
+        "OTHER",
+        "BROKEN/tiny-imagenet-200/train/n01/images",
+        "BROKEN/tiny-imagenet-200/val",
+    ):
+        Path(folder).mkdir(parents=True)
+    for text in (
+        "FILE",
+        "OTHER/config.json",
+        "BROKEN/cifar-10-batches-py/test_batch",
+        "BROKEN/tiny-imagenet-200/val/val_annotations.txt",
+    ):
+        Path(text).write_text("{}")
+    Path("BROKEN/tiny-imagenet-200/wnids.txt").write_text("n01\nn02\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main(words.split()) == 2
+    captured = capsys.readouterr()
+    assert BAD[words] in captured.err and captured.err.startswith("train.py: ")
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert sorted(tmp_path.rglob("*")) == before and Path("OTHER/config.json").read_text() == "{}"
+
+
+def refused(kind, root, folder):
+    raise train.UserError(f"--data-dir {root}: no {folder}; put torchvision's files into it")
+
+
+def test_a_download_that_fails_leaves_nothing_behind(tmp_path):
+    def kind(root, download):
+        (Path(root) / "half").mkdir(parents=True)
+        raise RuntimeError("no network")
+
+    with pytest.raises(train.UserError, match="could not be downloaded .no network."):
+        train.download(kind, tmp_path / "a" / "b", "MNIST")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_refuses_a_flag_that_contradicts_the_run(tmp_path, capsys):
+    assert run(tmp_path / "run", *TINY) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert train.main(["--resume", str(tmp_path / "run"), "--model", "dss"]) == 2
+    assert "--model dss" in (err := capsys.readouterr().err) and "was trained with s4" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_two_processes_cannot_share_a_run(tmp_path, capsys):
+    held = train.lock(tmp_path)
+    with pytest.raises(train.UserError, match="another process is training there"):
+        train.lock(tmp_path)
+    held.close()
+    train.lock(tmp_path).close()
+
+
+def test_help_states_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    p, defaults = train.parser()
+    assert end.value.code == 0 and text.count("(default: ") == len(defaults)
+    assert all(option in text for action in p._actions for option in action.option_strings)
+
+
+def test_every_command_of_the_readme_parses():
+    commands = re.findall(
+        r"^(?:\$ )?((?:torchrun .*)?python train\.py .*|torchrun .*)$",
+        (HERE / "README.md").read_text(),
+        re.M,
+    )
+    assert len(commands) >= 3
+    for command in commands:
+        words = command.split("#")[0].split("train.py", 1)[1].split()
+        train.parser()[0].parse_args(words)  # UserError: a flag that is not
