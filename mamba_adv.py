@@ -4,8 +4,6 @@
     python mamba_adv.py                  # MNIST if ./data has it, else drawn digits
     python mamba_adv.py --epochs 8 --data-dir DIR
 
-@DEMO@
-
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mamba  Gu and Dao 2023, arXiv 2312.00752         TRADES  Zhang et al. 2019, 1901.08573
                                                             FGSM  Goodfellow et al. 2015, 1412.6572

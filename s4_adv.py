@@ -4,8 +4,6 @@
     python s4_adv.py                     # MNIST if ./data has it, else drawn digits
     python s4_adv.py --ssm dss --data-dir DIR
 
-@DEMO@
-
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
            S4       Gu et al. 2022, arXiv 2111.00396       TRADES  Zhang et al. 2019, 1901.08573
            DSS      Gupta et al. 2022, arXiv 2203.14343    FGSM    Goodfellow et al. 2015, 1412.6572
