@@ -19,6 +19,7 @@ import subprocess
 import sys
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -952,7 +953,7 @@ def settings(*words):
     return train.settings([*words, "--device", "cpu"])[0]
 
 
-def run(out, *words):
+def trains(out, *words):
     """train.main in this process, on the drawn digits unless told otherwise."""
     kind = (
         [] if {"--dataset", "--resume", "--evaluate"} & set(words) else ["--dataset", "synthetic"]
@@ -1071,7 +1072,8 @@ def test_free_at_replays_m_times_carries_its_noise_and_divides_its_epochs(tmp_pa
         return loss
 
     monkeypatch.setattr(train, "free_backward", spy)
-    assert run(tmp_path / "free", *TINY, "--method", "free", "--replays", "3", "--epochs", "6") == 0
+    words = [*TINY, "--method", "free", "--replays", "3", "--epochs", "6"]
+    assert trains(tmp_path / "free", *words) == 0
     assert (
         len(calls) == 2 * 2 * 3 and len(log(tmp_path / "free")) == 1 + 2
     )  # epochs, batches, replays
@@ -1142,7 +1144,7 @@ def test_every_model_trains_two_steps_by_every_method_with_and_without_ads(
     )
     before = weights_at_start(name, method, ads_given, data)
     assert (
-        run(
+        trains(
             tmp_path / "run",
             *TINY,
             *data,
@@ -1176,7 +1178,7 @@ def weights_at_start(name, method, ads_given, data):
 @pytest.mark.parametrize("method", ("pgd", "free", "yopo"))
 def test_a_run_cut_after_any_batch_resumes_bit_for_bit(method, tmp_path, monkeypatch):
     words = [*TINY, "--method", method, "--epochs", "3", "--replays", "1", "--save-every", "0"]
-    assert run(tmp_path / "whole", *words) == 0
+    assert trains(tmp_path / "whole", *words) == 0
     real, todo = train.train_batch, [0]
 
     def dies(*args):
@@ -1189,7 +1191,7 @@ def test_a_run_cut_after_any_batch_resumes_bit_for_bit(method, tmp_path, monkeyp
     for cuts in range(7):  # 3 epochs of 2 batches
         todo[0] = 1
         try:
-            assert run(tmp_path / "cut", *words, *(["--resume"] if cuts else [])) == 0
+            assert trains(tmp_path / "cut", *words, *(["--resume"] if cuts else [])) == 0
             break
         except MemoryError:
             pass
@@ -1201,7 +1203,7 @@ def test_a_run_cut_after_any_batch_resumes_bit_for_bit(method, tmp_path, monkeyp
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        assert run(tmp_path / out, *TINY, "--seed", seed) == 0
+        assert trains(tmp_path / out, *TINY, "--seed", seed) == 0
     a, b, c = (weights(tmp_path / out) for out in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a) and log(tmp_path / "a") == log(tmp_path / "b")
     assert not all(torch.equal(a[k], c[k]) for k in a)
@@ -1219,7 +1221,7 @@ def test_best_is_the_highest_pgd_10_on_the_held_out_images_and_diff_is_best_minu
         return found
 
     monkeypatch.setattr(train, "evaluate", planted)
-    assert run(tmp_path / "run", *TINY, "--epochs", "3") == 0
+    assert trains(tmp_path / "run", *TINY, "--epochs", "3") == 0
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == 2
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["Best"]["epoch"], result["Last"]["epoch"]) == (2, 3)
@@ -1237,7 +1239,7 @@ def test_eps_and_alpha_grow_linearly_through_the_warm_up(tmp_path, monkeypatch):
         or F.cross_entropy(model(x), y),
     )
     assert (
-        run(
+        trains(
             tmp_path / "run",
             *TINY,
             "--epochs",
@@ -1265,10 +1267,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_dropped_and_counted(
         return real(*args) * (math.nan if n[0] == 2 else 1.0)
 
     monkeypatch.setattr(train, "loss_of", explodes)
-    assert run(tmp_path / "stop", *TINY) == 2
+    assert trains(tmp_path / "stop", *TINY) == 2
     assert "not finite at epoch 1, batch 2" in capsys.readouterr().err
     n[0] = 0
-    assert run(tmp_path / "skip", *TINY, "--nan", "skip") == 0
+    assert trains(tmp_path / "skip", *TINY, "--nan", "skip") == 0
     assert [row.split(",")[-1] for row in log(tmp_path / "skip")] == ["skipped", "1"]
     assert all(v.isfinite().all() for v in weights(tmp_path / "skip").values())
 
@@ -1286,11 +1288,11 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     words = [*TINY, "--epochs", "2", "--save-every", "0"]
-    assert run(tmp_path / "run", *words) == 0
+    assert trains(tmp_path / "run", *words) == 0
     whole = log(tmp_path / "run"), weights(tmp_path / "run")
     last = tmp_path / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    assert run(tmp_path / "run", *words, "--resume") == 0
+    assert trains(tmp_path / "run", *words, "--resume") == 0
     assert "damaged" in capsys.readouterr().err
     assert log(tmp_path / "run") == whole[0]
     assert all(torch.equal(v, whole[1][k]) for k, v in weights(tmp_path / "run").items())
@@ -1335,7 +1337,7 @@ def test_the_interval_is_wilsons():
 
 
 def test_evaluate_measures_a_checkpoint_and_writes_csv_and_json(tmp_path, capsys):
-    assert run(tmp_path / "run", *TINY) == 0
+    assert trains(tmp_path / "run", *TINY) == 0
     best = tmp_path / "run" / "best.pt"
     assert (
         train.main(
@@ -1350,6 +1352,374 @@ def test_evaluate_measures_a_checkpoint_and_writes_csv_and_json(tmp_path, capsys
     assert rows[0]["accuracy"] >= max(r["accuracy"] for r in rows[1:])
     assert (tmp_path / "run" / "best-evaluation.csv").read_text().count("\n") == 4
     assert "95 % interval" in capsys.readouterr().out
+
+
+# ---- train.py: AutoAttack ------------------------------------------------------------------------
+
+ATTACKS = {
+    "apgd-ce": lambda m, x, y, eps: train.apgd_ce(m, x, y, eps, steps=30),
+    "apgd-dlr": lambda m, x, y, eps: train.apgd(m, x, y, eps, 30, "dlr"),
+    "apgd-t": lambda m, x, y, eps: train.apgd_t(m, x, y, eps, steps=30),
+    "fab-t": lambda m, x, y, eps: train.fab_t(m, x, y, eps, steps=30),
+    "square": lambda m, x, y, eps: train.square(m, x, y, eps, queries=100, span=100),
+}
+
+
+class LinearSpy(nn.Module):
+    """Linear on pixels; remembers every point that it is shown."""
+
+    def __init__(self, n_classes, pixels, dtype=torch.float64, detach=False):
+        super().__init__()
+        self.linear = nn.Linear(pixels, n_classes, dtype=dtype)
+        self.detach, self.seen = detach, []
+
+    def forward(self, x):
+        self.seen.append(x.detach().clone())
+        z = self.linear(x.flatten(1))
+        return z.detach() if self.detach else z
+
+
+def net(n_classes=5, dtype=torch.float32, channels=1):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(216, 24), nn.ReLU(), nn.Linear(24, n_classes)).to(dtype)
+
+
+def dotted(n=24, dtype=torch.float32, channels=1):
+    """n images 6 x 6 with black and white pixels among them."""
+    torch.manual_seed(4)
+    return (1.6 * torch.rand(n, channels, 6, 6, dtype=dtype) - 0.3).clamp(0, 1)
+
+
+def gap(model, x, y, t, r):
+    """max z_t - z_y over ball and box for a linear model: every pixel goes to the better bound."""
+    W, b = model.linear.weight, model.linear.bias
+    v, low, high = W[t] - W[y], (x - r).clamp(min=0).flatten(1), (x + r).clamp(max=1).flatten(1)
+    return (torch.maximum(v * low, v * high).sum(1) + b[t] - b[y]).item()
+
+
+def critical_radius(model, x, y):
+    """The least r at which some class t reaches class y, for one image, by bisection."""
+    a, b = 0.0, 1.0
+    for _ in range(60):
+        r = (a + b) / 2
+        others = [t for t in range(model.linear.out_features) if t != int(y)]
+        a, b = (a, r) if max(gap(model, x, y, t, r) for t in others) > 0 else (r, b)
+    return b
+
+
+# --- closed forms -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, n_classes, slack", [
+    ("apgd-ce", 2, 1e-3), ("apgd-t", 5, 1e-3), ("fab-t", 2, 1e-2), ("fab-t", 5, 1e-2)])
+def test_on_a_linear_model_an_image_breaks_exactly_at_its_closed_form_radius(
+        name, n_classes, slack):
+    torch.manual_seed(0)                                        # slack: FAB overshoots, eta = 1.05
+    model = LinearSpy(n_classes, 36).requires_grad_(False)
+    x = dotted(3, torch.float64)
+    y = model(x).argmax(1)
+    for x_1, y_1 in zip(x.split(1), y.split(1)):
+        r = critical_radius(model, x_1, y_1)
+        for eps, broken in ((r * (1 - slack), False), (r * (1 + slack), True)):
+            x_adv = ATTACKS[name](model, x_1, y_1, eps)
+            assert (model(x_adv).argmax(1) != y_1).item() is broken
+
+
+def test_fab_projects_onto_the_hyperplane_with_the_least_norm_within_the_box():
+    torch.manual_seed(0)
+    x, w = dotted(40, torch.float64).flatten(1), torch.randn(40, 36, dtype=torch.float64)
+    w[:, :5], c = 0, 10 * torch.randn(40, dtype=torch.float64)
+    d = train.project(x, w, c)
+    assert (x + d).min() >= -1e-12 and (x + d).max() <= 1 + 1e-12
+
+    def most(r):                                                            # max <w, d> sign c
+        s = w * c.sign()[:, None]
+        down, up = (x - r).clamp(min=0), (x + r).clamp(max=1)
+        return (torch.maximum(s * down, s * up) - s * x).sum(1)
+    low, high = torch.zeros(40, 1, dtype=torch.float64), torch.ones(40, 1, dtype=torch.float64)
+    for _ in range(60):
+        r = (low + high) / 2
+        enough = (most(r) >= c.abs())[:, None]
+        low, high = torch.where(enough, low, r), torch.where(enough, r, high)
+    met = most(torch.ones(40, 1, dtype=torch.float64)) >= c.abs()
+    assert met.any() and not met.all()                                      # both cases occur
+    torch.testing.assert_close((w * d).sum(1)[met], c[met])
+    torch.testing.assert_close(d.abs().amax(1)[met], high[met, 0])
+    reach = most(torch.ones(40, 1, dtype=torch.float64)) * c.sign()
+    torch.testing.assert_close((w * d).sum(1)[~met], reach[~met])
+    assert (train.project(x, w, 0 * c) == 0).all() and (train.project(x, 0 * w, c) == 0).all()
+
+
+def test_one_step_of_fab_solves_a_linear_problem():
+    torch.manual_seed(0)
+    model = LinearSpy(2, 36).requires_grad_(False)
+    x = dotted(1, torch.float64)
+    y = model(x).argmax(1)
+    z, W = model(x)[0], model.linear.weight
+    w = (W[1 - y] - W[y]).view_as(x)
+    new = train.fab_step(x, x, z[1 - y] - z[y], w, eta=1.0)
+    torch.testing.assert_close((new - x).abs().max().item(), critical_radius(model, x, y))
+    assert model(new).diff().abs() < 1e-9
+
+
+def test_the_dlr_losses_are_those_of_the_paper():
+    z, y = torch.tensor([[4.0, 1.0, 3.0, -2.0]]), torch.tensor([0])
+    assert train.dlr(z, y).item() == pytest.approx(-(4 - 3) / (4 - 1))
+    assert train.dlr(z, y, torch.tensor([3])).item() == pytest.approx(-(4 + 2) / (4 - (1 - 2) / 2))
+    assert train.dlr(z, torch.tensor([1])).item() == pytest.approx(-(1 - 4) / (4 - 1))
+    torch.testing.assert_close(train.dlr(100 * z, y), train.dlr(z, y))
+
+
+def test_the_checkpoints_of_100_steps_are_those_of_the_paper():
+    assert train.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_apgd_never_ends_below_pgd_on_a_smooth_problem():
+    model, x = net(dtype=torch.float64), dotted(dtype=torch.float64)
+    y = model(x).argmax(1)
+    for eps in (0.03, 0.06):
+        weaker = model(s4_adv.pgd(model, x, y, eps, eps / 4, 20)).argmax(1) != y
+        stronger = model(ATTACKS["apgd-ce"](model, x, y, eps)).argmax(1) != y
+        assert (stronger >= weaker).all()
+
+
+# --- what every attack promises ---------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_result_lies_in_ball_and_box_and_is_detached(name, dtype):
+    model, x = net(dtype=dtype), dotted(dtype=dtype)
+    y = model(x).argmax(1)
+    with torch.no_grad():                                       # as an evaluation calls it
+        x_adv = ATTACKS[name](model, x, y, 0.1)
+    assert x_adv.dtype == dtype and x_adv.shape == x.shape and not x_adv.requires_grad
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert (model(x_adv).argmax(1) != y).any()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_eps_0_returns_x_and_misclassified_images_are_left_alone(name):
+    model, x = net(), dotted()
+    y = model(x).argmax(1)
+    torch.testing.assert_close(ATTACKS[name](model, x, y, 0.0), x, rtol=0, atol=0)
+    assert torch.equal(ATTACKS[name](model, x, (y + 1) % 5, 0.1), x)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_leave_weights_gradients_and_mode_untouched(name):
+    model = net()
+    x = dotted()
+    y = model(x).argmax(1)
+    before = [w.clone() for w in model.parameters()]
+    model.train()
+    ATTACKS[name](model, x, y, 0.1)
+    assert model.training and all(w.grad is None and w.requires_grad for w in model.parameters())
+    assert all(torch.equal(w, v) for w, v in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_seed_decides(name):
+    model, x = net(), dotted()
+    y = model(x).argmax(1)
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(ATTACKS[name](model, x, y, 0.05))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2]) == (name == "fab-t")               # the one without chance
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_tensor_that_an_attack_makes_is_on_the_device_of_x(name):
+    model, x = net(), dotted(4)
+    y = model(x).argmax(1)
+    with torch.device("meta"):                                  # what names no device lands there
+        ATTACKS[name](model, x, y, 0.02)
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "square"])
+def test_every_point_that_the_model_is_shown_lies_in_ball_and_box(name):
+    torch.manual_seed(1)
+    model, x, eps = LinearSpy(5, 36), dotted(1, torch.float64), 0.01
+    y = model(x).argmax(1)
+    ATTACKS[name](model, x, y, eps)
+    seen = torch.cat(model.seen)
+    assert len(seen) > 20 and seen.min() >= 0 and seen.max() <= 1
+    assert (seen - x).abs().max() <= eps + 1e-12
+
+
+def test_fab_may_leave_the_ball_on_its_way_but_never_the_box():
+    torch.manual_seed(1)
+    model, x = LinearSpy(5, 36), dotted(2, torch.float64)
+    ATTACKS["fab-t"](model, x, model(x).argmax(1), 1e-4)
+    seen = torch.cat(model.seen)
+    assert seen.min() >= 0 and seen.max() <= 1
+
+
+def test_square_asks_for_no_gradient():
+    torch.manual_seed(1)
+    model, x = LinearSpy(5, 36, detach=True), dotted(8, torch.float64)            # has none to give
+    y = model(x).argmax(1)
+    x_adv = train.square(model, x, y, 0.2, queries=200, span=200)
+    assert (model(x_adv).argmax(1) != y).any()
+
+
+def test_square_proposes_one_square_at_a_time_that_shrinks():
+    torch.manual_seed(1)
+    model, x = LinearSpy(2, 400), torch.full((1, 1, 20, 20), 0.5, dtype=torch.float64)
+    y = model(x).argmax(1)
+    model.seen.clear()
+    train.square(model, x, y, 1e-4, queries=300, span=300)
+    assert len(model.seen) == 302                               # clean, stripes, queries
+    best, worst, sides = model.seen[1], float("inf"), []
+    for point in model.seen[1:]:
+        changed = (point != best)[0, 0].nonzero()
+        if len(changed):
+            sides.append(int((changed.amax(0) - changed.amin(0)).max()) + 1)
+        value = train.margin(model.linear(point.flatten(1)), y).item()
+        best, worst = (point, value) if value < worst else (best, worst)
+    assert max(sides) <= 18 and sides[0] > 9                    # round(sqrt(.8) 20) = 18
+    assert set(sides[-30:]) == {1}
+
+
+def test_targets_beyond_the_other_classes_are_capped_and_only_what_is_robust_is_attacked():
+    torch.manual_seed(1)
+    model, x = LinearSpy(4, 36), dotted(6, torch.float64)
+    y = model(x).argmax(1)
+    model.seen.clear()
+    train.apgd_t(model, x, y, 1e-6, targets=99, steps=5)
+    # clean and order; for each of 3 targets x, the start, 5 steps, the result
+    assert sum(len(s) for s in model.seen) == 6 * (2 + 3 * (1 + 1 + 5 + 1))
+
+
+# --- the ensemble -----------------------------------------------------------------------------
+
+def ensemble_c(**kw):
+    return SimpleNamespace(**{"eps": 0.03, "classes": 5, "batch_size": 10, "seed": 0} | kw)
+
+
+def test_autoattack_is_the_worst_case_of_four_attacks_each_on_what_is_left(monkeypatch):
+    model, x = net(), (255 * dotted(30)).round().to(torch.uint8)
+    y = model(x / 255).argmax(1)
+    y[:7] = (y[:7] + 1) % 5                                                 # seven clean errors
+    fed = {}
+    for stage in train.AUTO:
+        def attack(m, x, y, eps, stage=stage):
+            fed[stage] = fed.get(stage, 0) + len(x)
+            return ATTACKS[stage](m, x, y, eps)
+        monkeypatch.setitem(train.AUTO, stage, attack)
+    found = train.evaluate(model, x, y, ("clean", "aa", "aa-fast", "square"), ensemble_c(), "here")
+    left = found["aa"]["left"]
+    assert list(fed) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert found["clean"]["right"] == 23 and found["clean"]["left"] == []
+    assert left == sorted(left, reverse=True) and len(left) == 4
+    assert 0 < left[-1] == found["aa"]["right"] < 23
+    assert len(found["aa-fast"]["left"]) == 2 and len(found["square"]["left"]) == 1
+    # each of the three runs of apgd-ce, apgd-t, square gets what the one before has left
+    assert fed["apgd-ce"] == 2 * 23 and fed["square"] == left[2] + 23 and fed["fab-t"] == left[1]
+    assert fed["apgd-t"] == left[0] + found["aa-fast"]["left"][0]
+
+
+def test_when_nothing_is_left_the_later_stages_are_listed_with_zero():
+    model, x = net(), (255 * dotted(4)).round().to(torch.uint8)
+    y = (model(x / 255).argmax(1) + 1) % 5
+    assert train.evaluate(model, x, y, ("aa",), ensemble_c(), "here")["aa"]["left"] == [0] * 4
+
+
+@pytest.mark.parametrize("spec, classes, needs", [
+    ("aa", 3, 4), ("aa-fast", 3, 4), ("apgd-t", 3, 4), ("apgd-ce", 1, 2), ("square", 1, 2)])
+def test_too_few_classes_for_an_attack_are_refused_in_words(spec, classes, needs):
+    with pytest.raises(train.UserError, match=f"--attacks {spec}: it needs at least {needs} cl"):
+        train.attacks_of(spec, ensemble_c(classes=classes))
+    assert train.attacks_of(spec, ensemble_c(classes=needs))
+
+
+def test_evaluate_prints_a_line_for_each_stage_of_autoattack(tmp_path, capsys, monkeypatch):
+    for stage in train.AUTO:
+        monkeypatch.setitem(train.AUTO, stage, ATTACKS[stage])
+    tiny = ("--dataset synthetic --d-model 8 --d-state 4 --n-layers 1 --patch-size 7 --train-size "
+            "32 --test-size 20 --batch-size 32 --epochs 1 --steps 1 --attacks clean --device cpu")
+    assert train.main([*tiny.split(), "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    best = tmp_path / "run" / "best.pt"
+    assert train.main(["--evaluate", str(best), "--attacks", "clean,aa", "--device", "cpu"]) == 0
+    names = [line[:16].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["clean", "aa: apgd-ce", "aa: apgd-t", "aa: fab-t", "aa: square", "aa"]
+    table = (tmp_path / "run" / "best-evaluation.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table[1:]] == names
+
+
+class Bad(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.net = kind, net()
+
+    def forward(self, x):
+        z = self.net(x)
+        if self.kind == "logit":
+            return z / 0
+        return z + (x - x.detach()).sqrt().flatten(1).sum(1, keepdim=True)  # its gradient is inf
+
+
+@pytest.mark.parametrize("model, call, error, message", [
+    (net(3), train.apgd_t, ValueError, "targeted DLR loss needs at least 4 classes; got 3"),
+    (net(2), lambda *a: train.apgd(*a, 5, "dlr"), ValueError, "DLR loss needs at least 3 classes"),
+    (net(), lambda *a: train.apgd(*a, 5, "mse"), ValueError, "got 'mse'"),
+    (net(), lambda *a: train.apgd(*a, target=a[2]), ValueError, "got 'ce' with a target"),
+    (net(), lambda *a: train.fab_t(*a, targets=0), ValueError, "at least 1 target class; got 0"),
+    (Bad("logit"), train.square, train.UserError, "logits that are not finite"),
+    (Bad("gradient"), train.apgd_ce, FloatingPointError, "a gradient that is not finite"),
+    (Bad("gradient"), train.fab_t, FloatingPointError, "a gradient that is not finite"),
+])
+def test_bad_input_gives_a_clear_error(model, call, error, message):
+    x = dotted()
+    y = model.net(x).argmax(1) if isinstance(model, Bad) else model(x).argmax(1)
+    with pytest.raises(error, match=message):
+        call(model, x, y, 0.1)
+
+
+def test_logits_times_100_hide_nothing_from_the_dlr_stages():
+    model, x = net(), dotted()
+    y = model(x).argmax(1)
+    loud = nn.Sequential(model, nn.Linear(5, 5, bias=False))
+    loud[1].weight.data = 1000 * torch.eye(5)
+    broken = []
+    for m in (model, loud):
+        torch.manual_seed(0)
+        broken.append(m(ATTACKS["apgd-t"](m, x, y, 0.05)).argmax(1) != y)
+    assert (broken[0] == broken[1]).float().mean() > 0.95
+
+
+# --- against the published implementation, where one is installed -------------------------------
+
+def test_each_stage_agrees_image_by_image_with_pyautoattack():
+    reference = pytest.importorskip("pyautoattack").AutoAttack
+    torch.manual_seed(0)
+    x, y = s4_adv.drawn_digits(1200, 0, size=14)
+    x = x / 255
+    model = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(392, 32),
+                          nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(6):
+        for i in torch.randperm(1200).split(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[i]), y[i]).backward()
+            optimizer.step()
+    x, y = x[:30], y[:30]
+    x, y = (v[model(x).argmax(1) == y] for v in (x, y))
+    for eps in (0.01, 0.015):
+        theirs = reference(model, eps=eps, seed=0, version="standard")
+        theirs.fab.targeted, theirs.fab.n_iter, theirs.square.n_queries = True, 40, 150
+        theirs.fab.n_target_classes = theirs.apgd_targeted.n_target_classes = 2
+        for ours, attack in (
+                (train.apgd_ce(model, x, y, eps), theirs.apgd),
+                (train.apgd_t(model, x, y, eps, targets=2), theirs.apgd_targeted),
+                (train.fab_t(model, x, y, eps, targets=2, steps=40), theirs.fab),
+                (train.square(model, x, y, eps, queries=150), theirs.square)):
+            attack.seed = 0
+            robust = [model(z).argmax(1) == y for z in (ours, attack.perturb(x.clone(), y))]
+            assert 0 < robust[0].sum() < len(y), (eps, attack, robust[0].sum())
+            assert (robust[0] != robust[1]).sum() <= 1, (eps, attack)
 
 
 # ---- train.py: many processes --------------------------------------------------------------------
@@ -1376,7 +1746,7 @@ def test_two_processes_give_the_run_of_one(method, tmp_path):
         "--attacks",
         "clean",
     ]
-    assert run(tmp_path / "one", *words) == 0
+    assert trains(tmp_path / "one", *words) == 0
     torchrun = [
         sys.executable,
         "-m",
@@ -1505,7 +1875,7 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path):
 
 
 def test_resume_refuses_a_flag_that_contradicts_the_run(tmp_path, capsys):
-    assert run(tmp_path / "run", *TINY) == 0
+    assert trains(tmp_path / "run", *TINY) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     assert train.main(["--resume", str(tmp_path / "run"), "--model", "dss"]) == 2
     assert "--model dss" in (err := capsys.readouterr().err) and "was trained with s4" in err

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Train and evaluate the models of the three scripts: data, FreeAT, YOPO, runs, tables.
+"""Train and evaluate the three scripts' models: data, FreeAT, YOPO, AutoAttack, runs, tables.
 
     python train.py --model s4 --ads --dataset synthetic                  # a minute on a laptop
     python train.py --model s4 --ads --dataset cifar10                    # the paper's protocol
-    python train.py --evaluate runs/NAME/best.pt --attacks clean,pgd-50x5
+    python train.py --evaluate runs/NAME/best.pt --attacks clean,pgd-50x5,aa
     torchrun --nproc-per-node 4 train.py --model s4 --ads                 # the same on four GPUs
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532        FreeAT  Shafahi et al. 2019, 1904.12843
            YOPO     Zhang et al. 2019, arXiv 1905.00877     PGD     Madry et al. 2018, 1706.06083
-Glossary   x (B, C, h, w) images in [0, 1], y (B,) labels, c the run's settings (a namespace),
-           eps radius, alpha step in pixel units ([0, 1]; 8/255, not 8), rank, world: torchrun's
+           APGD     Croce & Hein 2020, arXiv 2003.01690     FAB     Croce & Hein 2020, 1907.02044
+           Square   Andriushchenko et al. 2020, 1912.00049  AutoAttack  as APGD, Sec. 5
+Glossary   x (B, C, h, w) images in [0, 1], y (B,) labels, c the run's settings (a flat namespace),
+           eps radius and alpha step, pixel units (8/255, not 8), rank and world: torchrun's
 Chance     Every random number is a function of --seed and the place it is used at (`seed_of`), not
            of what came before: so a run that was cut goes on exactly, and no random state is saved.
 """
@@ -49,19 +51,17 @@ PAPER = dict(d_model=128, d_state=64, n_layers=4, d_hidden=256, epochs=180, batc
 PRESETS = {
     "cifar10": PAPER | dict(shape=(3, 32, 32), classes=10, patch_size=1),
     "mnist": PAPER | dict(shape=(1, 28, 28), classes=10, patch_size=1, d_state=32, n_layers=2,
-                          d_hidden=32,
-                          epochs=100, eps=0.3, alpha=0.04, beta=1.0, pad=0, flip=False),
+                          d_hidden=32, epochs=100, eps=0.3, alpha=0.04, beta=1.0, pad=0,
+                          flip=False),
     "tiny-imagenet": PAPER | dict(shape=(3, 64, 64), classes=50, patch_size=4),
     "synthetic": PAPER | dict(shape=(1, 28, 28), classes=10, patch_size=4, d_model=64, n_layers=2,
                               epochs=6, batch_size=64, lr=3e-3, eps_warmup=4.0, steps=5,
                               train_size=4000, pad=0, flip=False, test_size=500),
 }
-STATES = {"mamba": 16,
-          "attention": 16}                                     # d_state whatever the data set
-FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks",
-        "nan")      # may change on --resume
-EVALUATION = ("evaluate", "eps", "alpha", "test_size", "batch_size", "seed",
-              "precision")   # on --evaluate
+STATES = {"mamba": 16, "attention": 16}                              # d_state whatever the data set
+# What may change on --resume, and what else on --evaluate.
+FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
+EVALUATION = ("evaluate", "eps", "alpha", "test_size", "batch_size", "seed", "precision")
 
 
 class UserError(Exception):
@@ -76,7 +76,7 @@ def load_data(c):
     """{"train", "val", "test": (images uint8 (n, C, h, w), labels (n,))}, on c.device.
 
     val is the last 1,000 training images, train the first c.train_size of the others, test the
-    first c.test_size test images.  UserError if data are missing, or fewer than asked for.
+    first c.test_size test images.  UserError where data are missing or fewer than asked for.
     """
     if c.dataset == "synthetic":
         x, y = drawn_digits(11_000, 0)
@@ -90,14 +90,14 @@ def load_data(c):
     for name, size in (("train", c.train_size), ("test", c.test_size)):
         n = len(sets[name][0])
         if size is not None and size > n:
-            raise UserError(f"--{name}-size {size}: {c.dataset} has {n} such images; give at most "
-                            f"{n}")
+            raise UserError(f"--{name}-size {size}: {c.dataset} has {n} such images; "
+                            f"give at most {n}")
         sets[name] = tuple(v[:size] for v in sets[name])
     return {name: tuple(v.to(c.device) for v in pair) for name, pair in sets.items()}
 
 
 def torchvision_data(name, root):
-    """Images and labels, training then test, of MNIST or CIFAR-10; downloaded if absent."""
+    """Images and labels, training then test, of MNIST or CIFAR-10; downloaded when absent."""
     try:
         from torchvision.datasets import CIFAR10, MNIST
     except Exception as e:
@@ -119,15 +119,14 @@ def torchvision_data(name, root):
         whole = False
     if not whole or (len(x_test), len(y_test)) != (10000,) * 2:
         raise UserError(f"--data-dir {root}: {folder} there is incomplete or damaged; put "
-                        "torchvision's files "
-                        "there, delete that folder to download them again, or use --dataset "
-                        "synthetic")
+                        "torchvision's files there, delete that folder to download them again, "
+                        "or use --dataset synthetic")
     layout = (lambda v: v[:, None]) if name == "mnist" else (lambda v: v.permute(0, 3, 1, 2))
     return layout(x).contiguous(), y, layout(x_test).contiguous(), y_test
 
 
 def download(kind, root, folder):
-    """torchvision's download, into a folder beside its place first: half is never left there."""
+    """torchvision's download, into a folder beside its place first: half of it is never left."""
     import shutil
     part, made = root / f".{folder}.part", [d for d in (root, *root.parents) if not d.exists()]
     try:
@@ -135,10 +134,8 @@ def download(kind, root, folder):
         os.replace(part / folder, root / folder)
     except Exception as e:
         raise UserError(f"--data-dir {root}: there is no {folder}, and it could not be downloaded "
-                        f"({str(e).splitlines()[0]}); put "
-                        f"torchvision's files into {root / folder}, or use --dataset synthetic, "
-                        "which needs "
-                        "none") from e
+                        f"({str(e).splitlines()[0]}); put torchvision's files into "
+                        f"{root / folder}, or use --dataset synthetic, which needs none") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
         for folder in made:                                           # nothing is left of a failure
@@ -147,7 +144,7 @@ def download(kind, root, folder):
 
 
 def tiny_imagenet(root, n_classes):
-    """The first n_classes of wnids.txt, decoded once into one uint8 file of a cache of our own.
+    """The first n_classes of wnids.txt, decoded once into one uint8 file of our own cache folder.
 
     Training images come in one fixed shuffled order, since the official one goes class by class.
     """
@@ -155,28 +152,26 @@ def tiny_imagenet(root, n_classes):
         wnids = (root / "wnids.txt").read_text().split()
         wnids = [w for w in wnids if (root / "train" / w / "images").is_dir()] or wnids[:0]
         rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
-        rows = [row.split("\t")[:2] for row in rows]
+        rows = [r.split("\t")[:2] for r in rows]
     except OSError as e:
         raise UserError(f"--data-dir {root.parent}: no Tiny-ImageNet there ({e}); unpack the "
-                        "official "
-                        f"tiny-imagenet-200.zip so that {root / 'wnids.txt'} exists, or use "
-                        "--dataset "
-                        "synthetic") from e
+                        f"official tiny-imagenet-200.zip so that {root / 'wnids.txt'} exists, "
+                        "or use --dataset synthetic") from e
     if n_classes > len(wnids):
         raise UserError(f"--classes {n_classes}: {root} has the images of {len(wnids)} classes; "
                         f"give at most {len(wnids)}")
     label = {w: i for i, w in enumerate(wnids[:n_classes])}
-    train = [(p, i) for w,
-             i in label.items() for p in sorted((root / "train" / w / "images").glob("*.JPEG"))]
+    train = [(p, i) for w, i in label.items()
+             for p in sorted((root / "train" / w / "images").glob("*.JPEG"))]
     test = [(root / "val" / "images" / name, label[w]) for name, w in rows if w in label]
-    train = [train[i] for i in torch.randperm(len(train),
-                                              generator=torch.Generator().manual_seed(0))]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    train = [train[i] for i in order]
     cache = Path(os.environ.get("SSM_ADV_CACHE", Path(__file__).resolve().parent / ".cache"))
     key = hashlib.sha256("\n".join(f"{p.relative_to(root)} {i}" for p, i in train + test).encode())
     cache = cache / f"tiny-imagenet-{n_classes}-{key.hexdigest()[:12]}.pt"
     try:
         return torch.load(cache, weights_only=True)
-    except Exception:                                                   # absent or damaged: decode
+    except Exception:                                                    # absent or damaged: decode
         pass
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
     data = []
@@ -186,8 +181,7 @@ def tiny_imagenet(root, n_classes):
             data += [torch.stack(images), torch.tensor([i for _, i in files])]
         except RuntimeError as e:
             raise UserError(f"--data-dir {root.parent}: an image of {root} is missing or damaged "
-                            f"({e}); "
-                            "unpack the official archive again") from e
+                            f"({e}); unpack the official archive again") from e
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write(cache, data)
@@ -197,7 +191,7 @@ def tiny_imagenet(root, n_classes):
 
 
 def augment(x, pad, flip, generator):
-    """Random crop of the zero-padded images, half of them mirrored: one choice per image, by index.
+    """Random crop of the zero-padded images, mirrored for half of them: a choice for each image.
 
     x (B, C, h, w), pad int pixels, flip bool; a generator makes the same choices on any device.
     """
@@ -207,8 +201,7 @@ def augment(x, pad, flip, generator):
     columns = torch.where(mirror, torch.arange(w).flip(0), torch.arange(w)) + left     # (B, w)
     rows = torch.arange(h) + top                                            # (B, h)
     at = torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]
-    x = F.pad(x, (pad,) * 4).permute(0, 2, 3,
-                                     1)                            # (B, h + 2 pad, w + 2 pad, C)
+    x = F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)                      # (B, h + 2 pad, w + 2 pad, C)
     return x[tuple(i.to(x.device) for i in at)].permute(0, 3, 1, 2).contiguous()
 
 
@@ -226,7 +219,7 @@ def loss_of(method, model, x, y, eps, alpha, steps, beta):
 
 
 def free_backward(model, x, y, noise, eps):
-    """One replay of FreeAT: one backward pass gives both gradients.  Shafahi et al. 2019, Alg. 1
+    """One replay of FreeAT: one backward pass gives both gradients.    Shafahi et al. 2019, Alg. 1
 
         w    descends  grad_w CE(model(x + noise), y)                   (left in .grad)
         noise  <-  Proj_eps(noise + eps sign grad_x CE(model(x + noise), y))
@@ -242,14 +235,14 @@ def free_backward(model, x, y, noise, eps):
 
 
 def yopo_backward(model, x, y, eps, alpha, passes, inner):
-    """YOPO-m-n: m full passes, and n steps of the image on the first layer alone after each.
+    """YOPO-m-n: m full passes, each followed by n steps of the image on the first layer alone.
 
     With z = embed(x_adv) and the costate p = -grad_z CE(logits(z), y) held fixed, the image
-    descends the Hamiltonian H = <p, embed(x_adv)>:  x_adv <- Proj(x_adv - alpha sign grad_x H),
-    n times. The embedding's weights then ascend H, all others descend the loss; gradients are the
-    mean over the m passes.                                     Zhang et al. 2019 (YOPO), Alg. 1
-    Returns the mean loss of the passes. AdamW works number by number, so that one optimiser over
-    both sets of weights is the same as one for each.
+    descends the Hamiltonian H = <p, embed(x_adv)> n times:
+        x_adv  <-  Proj(x_adv - alpha sign grad_x H)     Zhang et al. 2019 (YOPO), Alg. 1, Sec. 3
+    The embedding's weights ascend H, all others descend the loss, by the mean gradient of the m
+    passes. Returns their mean loss. AdamW works number by number, so that one optimiser over both
+    sets of weights is the same as one for each.
     """
     x_adv, total = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1), 0.0
     for _ in range(passes):
@@ -260,6 +253,259 @@ def yopo_backward(model, x, y, eps, alpha, passes, inner):
         x_adv = ascend(model, lambda v: -(p * model.embed(v)).sum(), x, x_adv, eps, alpha, inner)
         (-(p * model.embed(x_adv)).sum()).backward()
     return total
+
+
+# --------------------------------------------------------------------------------------------------
+# AutoAttack, standard version: the worst case over APGD-CE, APGD-T, FAB-T and Square (Croce & Hein)
+# --------------------------------------------------------------------------------------------------
+# Every attack takes (model, x, y, eps) and returns x_adv, like x, detached: |x_adv - x|_inf <= eps,
+# in [0, 1], misclassified where the attack succeeds. A broken image costs no further step or query.
+# Chance: torch's global generator.
+
+def scores(model, x):
+    """z = model(x), logits (B, n_classes).  UserError if one is not finite."""
+    z = model(x)
+    if not z.isfinite().all():
+        raise UserError("the model returns logits that are not finite, so its accuracy means "
+                        "nothing; take an earlier checkpoint, or train with a smaller --lr")
+    return z
+
+
+@torch.no_grad()
+def hits(model, x, y):
+    """argmax_k z_k == y, (B,) bool: which images are classified correctly."""
+    return scores(model, x).argmax(1) == y
+
+
+def gradient(model, x, f):
+    """z = model(x) (B, n_classes), f(z) (B,) and grad_x f(model(x)), like x; all detached.
+
+    FloatingPointError if the gradient is not finite: the sign of a NaN would stop the attack.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        z = scores(model, x)
+        value = f(z)
+        grad, = torch.autograd.grad(value.sum(), x)
+    if not grad.isfinite().all():
+        raise FloatingPointError("the attack met a gradient that is not finite")
+    return z.detach(), value.detach(), grad
+
+
+def others(model, x, targets):
+    """The classes behind the first, by logit: (targets, B), or (n_classes - 1, B) if that is less.
+
+    ValueError if targets < 1.
+    """
+    if targets < 1:
+        raise ValueError(f"a targeted attack needs at least 1 target class; got {targets}")
+    with torch.no_grad():
+        return scores(model, x).argsort(1, descending=True)[:, 1:targets + 1].T
+
+
+def pick(mask, new, old):
+    """Pairwise over tensors (B, ...): rows of new where mask (B,) holds, else rows of old."""
+    return [torch.where(mask.view(-1, *[1] * (n.dim() - 1)), n, o) for n, o in zip(new, old)]
+
+
+def margin(z, y):
+    """z_y - max_{i != y} z_i, (B,): negative means misclassified.                 Square, Sec. 3"""
+    return z.gather(1, y[:, None])[:, 0] - z.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+def dlr(z, y, target=None):
+    """(max_{i != y} z_i - z_y) / (z_(1) - z_(3)), difference of logits ratio.          APGD, Sec. 4
+
+    z       (B, n_classes)  logits; z_(k) is the k-th largest
+    target  (B,) or None    with it: (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)
+
+    Returns (B,). Logits times 100 hide nothing.  ValueError with fewer than 3, or 4, classes.
+    """
+    need, kind = (3, "DLR") if target is None else (4, "targeted DLR")
+    if z.shape[1] < need:
+        raise ValueError(f"the {kind} loss needs at least {need} classes; got {z.shape[1]}")
+    top = z.topk(need, 1).values                                            # (B, 3) or (B, 4)
+    if target is None:
+        return -margin(z, y) / (top[:, 0] - top[:, 2] + 1e-12)
+    rise = (z.gather(1, target[:, None]) - z.gather(1, y[:, None]))[:, 0]   # (B,)
+    return rise / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def checkpoints(steps):
+    """ceil(p_j steps), p_1 = .22, p_{j+1} = p_j + max(p_j - p_{j-1} - .03, .06).    APGD, Sec. 3"""
+    p, gap, marks = 22, 22, []                                              # in per cent: exact
+    while p <= 100:
+        marks.append(-(-p * steps // 100))
+        gap = max(gap - 3, 6)
+        p += gap
+    return marks
+
+
+def apgd(model, x, y, eps, steps=100, loss="ce", target=None):
+    """max loss(x') over the ball: projected ascent, momentum, an adaptive step.   APGD, Algorithm 1
+
+    steps   int           gradient steps, from one uniform random start
+    loss    str           "ce" | "dlr"
+    target  (B,) or None  classes to move to, with loss "dlr"
+
+    alpha starts at 2 eps; at a checkpoint it is halved, and the search goes back to the best point,
+    where the loss rose in fewer than rho of the steps or its maximum stands still.
+    ValueError on another loss, or a target with "ce".
+    """
+    if loss not in ("ce", "dlr") or (loss == "ce" and target is not None):
+        raise ValueError(f"loss is 'ce', or 'dlr' with or without a target; got {loss!r}"
+                         + ("" if target is None else " with a target"))
+    x, rho, marks = x.detach(), 0.75, checkpoints(steps)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+
+    def value(z, i):
+        if loss == "ce":
+            return F.cross_entropy(z, y[i], reduction="none")
+        return dlr(z, y[i], None if target is None else target[i])
+
+    def look(point):
+        """point, gradient and loss there of the unbroken images; x_adv keeps what it breaks."""
+        i, grad, f = robust.nonzero()[:, 0], torch.zeros_like(x), x.new_zeros(len(x))
+        if len(i):
+            z, f[i], grad[i] = gradient(model, point[i], lambda z: value(z, i))
+            x_adv[i], robust[i] = point[i], z.argmax(1) == y[i]
+        return point, grad, f
+
+    with frozen(model):
+        x_adv, robust = x.clone(), hits(model, x, y)
+        now = best = look((x + eps * (2 * torch.rand_like(x) - 1)).clamp(low, high))
+        before, f_check, last, rises = now[0], now[2], 0, torch.zeros_like(y)
+        alpha, halved = torch.full_like(x[:, :1, :1, :1], 2 * eps), torch.ones_like(robust)
+        for k in range(1, steps + 1):
+            if not robust.any():
+                break
+            (point, grad, f), a = now, 0.75 if k > 1 else 1.0
+            step = (point + alpha * grad.sign()).clamp(low, high) - point
+            now = look((point + a * step + (1 - a) * (point - before)).clamp(low, high))
+            best, rises, before = pick(now[2] > best[2], now, best), rises + (now[2] > f), point
+            if k in marks:
+                halved = (rises < rho * (k - last)) | (~halved & (best[2] <= f_check))
+                now, alpha = pick(halved, best, now), pick(halved, [alpha / 2], [alpha])[0]
+                f_check, last, rises = best[2], k, torch.zeros_like(rises)
+    return x_adv
+
+
+def apgd_ce(model, x, y, eps, steps=100):
+    """APGD on the cross-entropy.                                                    APGD, Sec. 5"""
+    return apgd(model, x, y, eps, steps)
+
+
+def apgd_t(model, x, y, eps, targets=9, steps=100):
+    """APGD on the targeted DLR loss, one class after another, likeliest first.         APGD, Sec. 5
+
+    targets  int  classes to try, capped at n_classes - 1          steps  int  for each of them
+    """
+    x_adv = x.detach().clone()
+    with frozen(model):
+        robust = hits(model, x, y)
+        for target in others(model, x, targets):
+            i = robust.nonzero()[:, 0]
+            if len(i):
+                x_adv[i] = apgd(model, x[i], y[i], eps, steps, "dlr", target[i])
+                robust[i] = hits(model, x_adv[i], y[i])
+    return x_adv
+
+
+def project(x, w, c):
+    """argmin |d|_inf over d with <w, d> = c and x + d in [0, 1]^n.                      FAB, Sec. 2
+
+    x, w, c  (B, n), (B, n), (B,)    points of the box, normals, what <w, d> has to reach
+    Returns (B, n); the d that comes closest where the box does not meet the hyperplane.
+    With |d|_inf = r pixel i gives |w_i| min(r, room_i): piecewise linear in r, knots at the rooms.
+    """
+    side, goal = w.sign() * c.sign()[:, None], c.abs()[:, None]             # (B, n), (B, 1)
+    room = torch.where(side > 0, 1 - x, x)
+    knot, order = room.sort(1)
+    w = w.abs().gather(1, order)
+    full = (w * knot).cumsum(1) - w * knot                                  # pixels before k give
+    slope = w.flip(1).cumsum(1).flip(1)                                     # sum of |w| from k on
+    k = (full + slope * knot < goal).sum(1, keepdim=True).clamp(max=x.shape[1] - 1)
+    r = (goal - full.gather(1, k)) / slope.gather(1, k).clamp(min=torch.finfo(x.dtype).tiny)
+    return side * torch.minimum(r, room)
+
+
+def fab_step(x_i, x, f, w, alpha_max=0.1, eta=1.05):
+    """(1 - a) (x_i + eta d_i) + a (x + eta d), clamped to [0, 1].                  FAB, Algorithm 1
+
+    x_i, x  (B, C, h, w)        current and original image, d_i and d their ways to the hyperplane
+    f, w    (B,), (B, C, h, w)  f + <w, . - x_i> = 0;  a = min(|d_i| / (|d_i| + |d|), alpha_max)
+    """
+    u, v, w = x_i.flatten(1), x.flatten(1), w.flatten(1)                    # (B, n)
+    d_i, d = project(u, w, -f), project(v, w, -f - (w * (v - u)).sum(1))
+    far_i, far = d_i.abs().amax(1, keepdim=True), d.abs().amax(1, keepdim=True)
+    a = (far_i / (far_i + far).clamp(min=1e-8)).clamp(max=alpha_max)        # (B, 1)
+    return ((1 - a) * (u + eta * d_i) + a * (v + eta * d)).clamp(0, 1).view_as(x)
+
+
+def fab_t(model, x, y, eps, targets=9, steps=100, beta=0.9):
+    """min |x' - x|_inf over misclassified x', z_t - z_y linearised at each step.        FAB, Sec. 2
+
+    targets, steps  int    as apgd_t; no random start
+    beta            float  after a misclassified x' the next step starts at x + beta (x' - x)
+
+    An image is done when the distance falls to eps: how far it falls below is not asked.
+    """
+    x, x_adv = x.detach(), x.detach().clone()
+    with frozen(model):
+        robust = hits(model, x, y)
+        for target in others(model, x, targets):
+            point = x.clone()
+            for _ in range(steps):
+                i = robust.nonzero()[:, 0]
+                if len(i) == 0:
+                    return x_adv
+                pair = torch.stack([y[i], target[i]], 1)                    # (b, 2)
+                _, f, w = gradient(model, point[i], lambda z: z.gather(1, pair).diff(dim=1)[:, 0])
+                new = fab_step(point[i], x[i], f, w)
+                wrong = ~hits(model, new, y[i])
+                point[i], = pick(wrong, [x[i] + beta * (new - x[i])], [new])
+                found = wrong & ((new - x[i]).abs().flatten(1).amax(1) <= eps)
+                x_adv[i[found]], robust[i[found]] = new[found], False
+    return x_adv
+
+
+def square(model, x, y, eps, queries=5000, span=10_000):
+    """min margin by random search: +-2 eps on a square, kept if better.     Square, Algorithms 1, 2
+
+    queries  int  proposals for each image; the start, vertical stripes x +- eps, is one more
+    span     int  the square's area, first .8 of the image, is halved nine times within span
+                  proposals; AutoAttack stops at 5000 of 10,000, span=queries would resize it
+    """
+    def signs(*shape):
+        return torch.randint(2, shape, device=x.device, dtype=x.dtype) * 2 - 1
+
+    def inside(n, size, s):
+        """n random intervals of s out of size pixels, as masks (n, size)."""
+        begin = torch.randint(size - s + 1, (n, 1), device=x.device)
+        return (torch.arange(size, device=x.device) - begin).div(s, rounding_mode="floor") == 0
+
+    x, (B, C, h, w) = x.detach(), x.shape
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    halvings = [at * span / 10_000 for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)]
+    with frozen(model), torch.no_grad():
+        stripes = (x + eps * signs(B, C, 1, w)).clamp(low, high)
+        x_adv, = pick(hits(model, x, y), [stripes], [x])
+        worst = margin(scores(model, x_adv), y)                             # (B,)
+        for q in range(queries):
+            i = (worst >= 0).nonzero()[:, 0]
+            if len(i) == 0:
+                break
+            p = 0.8 / 2 ** sum(q > at for at in halvings)
+            s = min(max(round((p * h * w) ** 0.5), 1), h, w)                # side of the square
+            mask = inside(len(i), h, s)[:, None, :, None] & inside(len(i), w, s)[:, None, None]
+            new = (x_adv[i] + 2 * eps * signs(len(i), C, 1, 1) * mask).clamp(low[i], high[i])
+            value = margin(scores(model, new), y[i])
+            x_adv[i], worst[i] = pick(value < worst[i], [new, value], [x_adv[i], worst[i]])
+    return x_adv
+
+
+AUTO = {"apgd-ce": apgd_ce, "apgd-t": apgd_t, "fab-t": fab_t, "square": square}
+ENSEMBLES = {"aa": tuple(AUTO), "aa-fast": ("apgd-ce", "apgd-t")}           # in this order
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,19 +546,17 @@ def build(c):
 def new_run(c):
     """A run before its first step."""
     model = build(c)
-    noise = torch.zeros(c.batch_size, *c.shape, device=c.device,
+    noise = torch.zeros(c.batch_size, *c.shape, device=c.device,            # one slot per image
                         dtype=next(model.parameters()).dtype)
     return SimpleNamespace(
         c=c, model=model, optimizer=torch.optim.AdamW(param_groups(model, c.weight_decay), lr=c.lr),
         noise=noise if c.method == "free" else None, epochs=math.ceil(c.epochs / replays(c)),
-        # FreeAT's, one slot per image
-        epoch=0, batch=0, loss=0.0, seen=0, skipped=0, seconds=0.0,
-        # where it stands in the epoch
+        epoch=0, batch=0, loss=0.0, seen=0, skipped=0, seconds=0.0,     # where it is in the epoch
         rows=[], best=None, saved=time.monotonic())
 
 
 def replays(c):
-    """Optimiser steps on a batch, by which the epochs are divided: M for FreeAT, else 1."""
+    """Optimiser steps on a batch, and what divides the number of epochs: M for FreeAT, else 1."""
     return c.replays if c.method == "free" else 1
 
 
@@ -320,7 +564,7 @@ COUNTERS = ("epoch", "batch", "loss", "seen", "skipped", "seconds", "rows", "bes
 
 
 def write(path, content):
-    """torch.save, all or nothing: a whole file replaces the old one, whenever the process dies."""
+    """torch.save, all or nothing: a whole new file replaces the old one, or nothing changes."""
     buffer, part = io.BytesIO(), path.with_name(path.name + ".part")
     if not isinstance(content, (str, bytes)):
         torch.save(content, buffer)
@@ -334,9 +578,8 @@ def write(path, content):
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: make "
-                        "room or "
-                        "choose another --out, and go on with --resume") from e
+        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: "
+                        "make room or choose another --out, and go on with --resume") from e
 
 
 def save(run):
@@ -380,8 +623,7 @@ def find_checkpoint(out):
             say(f"{e}; trying the one before", file=sys.stderr)
     if names:
         raise UserError(f"--resume {out}: neither last.pt nor previous.pt there can be read; start "
-                        "again with "
-                        "another --out")
+                        "again with another --out")
     return None
 
 
@@ -396,10 +638,10 @@ def restore(run, state):
 
 
 def synchronise(model, share, stop):
-    """Gradients summed over processes with weight share = n_local / n: that of the batch's mean.
+    """Gradients summed over processes with weight share = n_local / n: that of the whole batch.
 
-    One flat all_reduce after each backward pass. It is what DDP does, without its hooks in the
-    forward pass: so attacks cannot trigger it, and FreeAT and YOPO, which walk backwards as they
+    One flat all_reduce after each backward pass: what DDP does, but without hooks in the forward
+    pass, so that attacks cannot trigger it, and FreeAT and YOPO, which walk backwards as they
     like, need no exception. stop (0 or 1) travels along; returns the largest of all processes.
     """
     if world() == 1:
@@ -421,7 +663,7 @@ def largest_activation(model, x):
     sizes = {}
 
     def hook_of(name):
-        def hook(module, args, out):             # returns None: the output stays
+        def hook(module, args, out):                            # returns None: the output stays
             sizes[name] = float(out.detach().abs().max())
         return hook
     hooks = [m.register_forward_hook(hook_of(name)) for name, m in model.named_modules() if name]
@@ -442,7 +684,7 @@ def descend(run, backward, x, n):
         loss = float(backward()) if len(x) else 0.0
     except FloatingPointError:
         loss = math.nan
-    if not math.isfinite(loss):                                         # tell the other processes
+    if not math.isfinite(loss):                                           # tell the other processes
         for p in run.model.parameters():
             p.grad = torch.full_like(p, math.nan)
     run.stop = synchronise(run.model, len(x) / n, run.stop)
@@ -472,7 +714,7 @@ def train_batch(run, x, y, n):
         return loss.detach()
     if c.method != "free":
         return descend(run, backward, x, n)
-    noise = run.noise[rank()::world()][:len(x)]                         # a view: replays change it
+    noise = run.noise[rank()::world()][:len(x)]                          # a view: replays change it
     return sum(descend(run, backward, x, n) for _ in range(c.replays)) / c.replays
 
 
@@ -486,7 +728,7 @@ def total(values, device):
 
 
 def train_epoch(run, images, labels):
-    """The rest of run.epoch, from run.batch on; saves every c.save_every minutes, and to stop."""
+    """The rest of run.epoch, from run.batch on; saves every c.save_every minutes and on stop."""
     c, device, start = run.c, images.device, time.monotonic() - run.seconds
     order = torch.Generator().manual_seed(seed_of(c.seed, "order", run.epoch))
     batches = torch.randperm(len(images), generator=order).to(device).split(c.batch_size)
@@ -508,10 +750,9 @@ def train_epoch(run, images, labels):
             layer, size = largest_activation(run.model, x)
             raise UserError(
                 f"loss or gradient is not finite at epoch {run.epoch + 1}, batch {run.batch + 1}; "
-                "the largest "
-                f"activation is {size:.3g}, in {layer}; the last checkpoint is "
-                f"{Path(c.out) / 'last.pt'}: try "
-                "a smaller --lr, or --resume with --nan skip, which drops such steps") from None
+                f"the largest activation is {size:.3g}, in {layer}; the last checkpoint is "
+                f"{Path(c.out) / 'last.pt'}: try a smaller --lr, or --resume with --nan skip, "
+                "which drops such steps") from None
         run.seen, run.batch = run.seen + len(x), run.batch + 1
         run.seconds = time.monotonic() - start
         progress(run, len(batches))
@@ -527,10 +768,9 @@ def progress(run, batches):
         per_batch = run.seconds / run.batch
         left = (batches - run.batch) * per_batch
         later = (run.epochs - run.epoch - 1) * batches * per_batch
-        print(f"\r{run.epoch + 1:5d}  batch {run.batch}/{batches}  loss "
-              f"{run.loss / max(run.seen, 1):.3f}  "
-              f"{clock(left)} left of the epoch, {clock(left + later)} of the run \033[K", end="",
-              flush=True)
+        print(f"\r{run.epoch + 1:5d}  batch {run.batch}/{batches}  "
+              f"loss {run.loss / max(run.seen, 1):.3f}  {clock(left)} left of the epoch, "
+              f"{clock(left + later)} of the run \033[K", end="", flush=True)
 
 
 def clock(seconds):
@@ -539,30 +779,37 @@ def clock(seconds):
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def greet(run, n):
+    """The first line of a new run, on n training images."""
+    c, size = run.c, sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    extra = f" + AdS {c.ads}" if c.ads else f" + {c.control}" if c.control else ""
+    say(f"{c.model}{extra}: {size:,} trainable parameters; {c.dataset}, {n:,} training images, "
+        f"{c.method}, eps {show(c.eps)}, {run.epochs} epochs; {c.out}")
+
+
+def stop_at_signal(run):
+    """Ctrl-C and SIGTERM end the run after the batch at hand, with a checkpoint."""
+    def note(signum, frame):
+        run.stop = 1
+        signal.signal(signum, signal.SIG_DFL)                           # a second one ends at once
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+
+
 def train(c, data, state=None):
     """The whole run, from a checkpoint's state or the beginning; ends with the paper's row."""
-    run = new_run(c)
+    run, n = new_run(c), len(data["train"][0])
     if state is not None:
         restore(run, state)
-    run.batches, run.stop = -(-len(data["train"][0]) // c.batch_size), 0
+    run.batches, run.stop = -(-n // c.batch_size), 0
     if state is None:
-        size = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-        extra = f" + AdS {c.ads}" if c.ads else f" + {c.control}" if c.control else ""
-        say(f"{c.model}{extra}: {size:,} trainable parameters; {c.dataset}, "
-            f"{len(data['train'][0]):,} training images, {c.method}, eps {show(c.eps)}, "
-            f"{run.epochs} epochs; {c.out}")
+        greet(run, n)
         save(run)
     else:
         say(f"{c.out}: going on at epoch {run.epoch + 1}, batch {run.batch + 1}")
-
-    def note(signum, frame):
-        run.stop = 1
-        signal.signal(signum, signal.SIG_DFL)                               # a second one ends it
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
-    columns = [f"{name} {kind}" for name in watched(c) for kind in ("clean", "pgd-10")]
-    say(f"{'epoch':>5}  {'lr':>8}  {'loss':>7}  " + "  ".join(f"{k:>12}" for k in columns)
-        + f"  {'time':>7}")
+    stop_at_signal(run)
+    columns = [f"{f'{name} {kind}':>12}" for name in watched(c) for kind in ("clean", "pgd-10")]
+    say("  ".join([f"{'epoch':>5}", f"{'lr':>8}", f"{'loss':>7}", *columns, f"{'time':>7}"]))
     for row in run.rows:
         say(format_row(row, c))
     while run.epoch < run.epochs:
@@ -584,7 +831,7 @@ def train(c, data, state=None):
 
 
 def watched(c):
-    """The sets that are measured after an epoch; the last one chooses Best."""
+    """The sets measured after an epoch: training images where asked for, then the chooser."""
     return (["train"] if c.eval_train else []) + [c.select]
 
 
@@ -604,8 +851,8 @@ def end_epoch(run, data):
             row.update({f"{name}_{spec}": r["accuracy"] for spec, r in found.items()})
     row.update(skipped=run.skipped, seconds=round(run.seconds, 1))
     run.rows.append(row)
-    run.epoch, run.batch, run.seen, run.skipped = run.epoch + 1, 0, 0, 0
-    run.loss = run.seconds = 0.0
+    run.epoch, run.batch, run.loss, run.seen = run.epoch + 1, 0, 0.0, 0
+    run.skipped, run.seconds = 0, 0.0
     return row
 
 
@@ -646,25 +893,24 @@ def finish(run, data):
             f"{100 * table[name][s]:10.2f}" for s in c.attacks))
     diff = {s: table["Best"][s] - table["Last"][s] for s in c.attacks}
     say("  Diff".ljust(30) + "".join(f"{100 * diff[s]:10.2f}" for s in c.attacks))
-    chosen = {"val": "1,000 held-out training images",
-              "test": f"the {n:,} test images (--select test)"}[c.select]
-    say(f"Best is chosen by PGD-10 on {chosen}; {n_train:,} training images, {c.method}, seed "
-        f"{c.seed}")
+    chosen = ("1,000 held-out training images" if c.select == "val"
+              else f"the {n:,} test images (--select test)")
+    say(f"Best is chosen by PGD-10 on {chosen}; {n_train:,} training images, {c.method}, "
+        f"seed {c.seed}")
     if rank() == 0:
         write(out / "result.json", json.dumps(
-            {"Best": table["Best"], "Last": table["Last"], "Diff": diff, "n_test": n,
-             "n_train": n_train,
-             "seconds": round(sum(r["seconds"] for r in run.rows), 1), "config": vars(c),
-             **machine(c)}, indent=1))
+            {"Best": table["Best"], "Last": table["Last"], "Diff": diff,
+             "n_test": n, "n_train": n_train,
+             "seconds": round(sum(r["seconds"] for r in run.rows), 1),
+             "config": vars(c), **machine(c)}, indent=1))
 
 
 def machine(c):
     """What a result needs beside it: versions, device, date."""
-    gpu = c.device.startswith("cuda")
-    name = torch.cuda.get_device_name(c.device) if gpu else platform.machine()
+    cuda = c.device.startswith("cuda")
+    name = torch.cuda.get_device_name(c.device) if cuda else platform.machine()
     return {"torch": torch.__version__, "device": f"{c.device} {name}",
-            "threads": torch.get_num_threads(),
-            "world": world(), "date": time.strftime("%Y-%m-%d")}
+            "threads": torch.get_num_threads(), "world": world(), "date": time.strftime("%Y-%m-%d")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -672,11 +918,18 @@ def machine(c):
 # --------------------------------------------------------------------------------------------------
 
 def attacks_of(spec, c):
-    """The attacks (model, x, y) -> x_adv that a name stands for; each gets what is still right.
+    """The attacks (model, x, y) -> x_adv of a name, each run on what the ones before left.
 
-    "clean" none | "fgsm" | "pgd-K" K steps of c.alpha | "pgd-KxR" with R random restarts.
-    UserError for another name.
+    "clean" none | "fgsm" | "pgd-K" K steps of c.alpha | "pgd-KxR" with R random restarts |
+    a name in AUTO | a name in ENSEMBLES.  UserError for another name, or too few classes for it.
     """
+    names = ENSEMBLES.get(spec, (spec,))
+    if names[0] in AUTO:
+        need = 4 if "apgd-t" in names else 2
+        if c.classes < need:
+            raise UserError(f"--attacks {spec}: it needs at least {need} classes, and there are "
+                            f"{c.classes}; leave it out")
+        return [lambda model, x, y, f=AUTO[name]: f(model, x, y, c.eps) for name in names]
     if spec == "clean":
         return []
     if spec == "fgsm":
@@ -684,47 +937,39 @@ def attacks_of(spec, c):
     kind, _, size = spec.partition("-")
     steps, _, restarts = size.partition("x")
     if kind == "pgd" and steps.isdigit() and (restarts or "1").isdigit() and int(restarts or 1):
-        return [lambda model, x,
-                y: pgd(model, x, y, c.eps, c.alpha, int(steps))] * int(restarts or 1)
+        once = [lambda model, x, y: pgd(model, x, y, c.eps, c.alpha, int(steps))]
+        return once * int(restarts or 1)
     raise UserError(f"--attacks {spec}: no such attack; choose from clean, fgsm, pgd-K and pgd-KxR "
-                    "(K steps, R restarts), separated by commas")
+                    f"(K steps, R restarts), {', '.join([*ENSEMBLES, *AUTO])}, separated by commas")
 
 
 def evaluate(model, images, labels, specs, c, place):
-    """{name of attack: {"accuracy", "n", "right", "seconds"}} on uint8 images (n, C, h, w).
+    """{name: {"accuracy", "n", "right", "left", "seconds"}} on uint8 images (n, C, h, w).
 
     An image counts as right if it is classified correctly as it is and after every attack of the
-    name; so a clean error counts as broken, and attacks run only on what is still right.
-    place  tuple  what is measured and when: it seeds the attacks, with c.seed, batch and attack
+    name; so a clean error counts as broken, and attacks run only on what is still right. left: how
+    many are right after the first attack of the name, after the second, ...
+    place  tuple  what is measured and when: fixes the chances, with c.seed, batch and attack
     """
     images, labels, n = images[rank()::world()], labels[rank()::world()], len(images)
     dtype, results = next(model.parameters()).dtype, {}
     with frozen(model):
         for spec in specs:
-            attacks, right, start = attacks_of(spec, c), 0, time.monotonic()
+            attacks, start = attacks_of(spec, c), time.monotonic()
+            left = [0] * (1 + len(attacks))                     # as they are, after each attack
             for b, (x, y) in enumerate(zip(images.split(c.batch_size), labels.split(c.batch_size))):
                 x = x.to(dtype) / 255
                 ok = hits(model, x, y)
+                left[0] += int(ok.sum())
                 for k, attack in enumerate(attacks):
                     if ok.any():
                         torch.manual_seed(seed_of(c.seed, place, spec, k, b, rank()))
                         ok[ok.clone()] = hits(model, attack(model, x[ok], y[ok]), y[ok])
-                right += int(ok.sum())
-            right = int(total([right], images.device)[0])
-            results[spec] = {"accuracy": right / n, "n": n, "right": right,
+                    left[k + 1] += int(ok.sum())
+            left = [int(v) for v in total(left, images.device)]
+            results[spec] = {"accuracy": left[-1] / n, "n": n, "right": left[-1], "left": left[1:],
                              "seconds": round(time.monotonic() - start, 1)}
     return results
-
-
-@torch.no_grad()
-def hits(model, x, y):
-    """Which images are classified correctly, (B,) bool.  UserError if a logit is not finite."""
-    logits = model(x)
-    if not logits.isfinite().all():
-        raise UserError("the model returns logits that are not finite, so its accuracy means "
-                        "nothing; "
-                        "take an earlier checkpoint, or train with a smaller --lr")
-    return logits.argmax(1) == y
 
 
 def interval(right, n, z=1.959964):
@@ -739,17 +984,20 @@ def evaluate_checkpoint(c, state):
     model = build(c)
     model.load_state_dict(state["model"])
     data, rows = load_data(c)["test"], []
-    say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {show(c.eps)}, alpha "
-        f"{show(c.alpha)}, "
-        f"seed {c.seed}\n{'attack':12} {'accuracy':>9}   95 % interval        n   seconds")
+    say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {show(c.eps)}, "
+        f"alpha {show(c.alpha)}, seed {c.seed}\n"
+        f"{'attack':16} {'accuracy':>9}   95 % interval        n   seconds")
     for spec in c.attacks:
         r = evaluate(model, *data, (spec,), c, "evaluate")[spec]
-        low, high = interval(r["right"], r["n"])
-        rows.append({"attack": spec, "accuracy": r["accuracy"], "low": low, "high": high,
-                     "n": r["n"],
-                     "seconds": r["seconds"], "eps": c.eps, "alpha": c.alpha, "seed": c.seed})
-        say(f"{spec:12} {r['accuracy']:9.2%}  {low:7.2%} - {high:.2%}  {r['n']:7,}  "
-            f"{r['seconds']:8.1f}")
+        stages = [(f"{spec}: {name}", left)
+                  for name, left in zip(ENSEMBLES.get(spec, ()), r["left"])]
+        for name, right in stages + [(spec, r["right"])]:
+            (low, high), seconds = interval(right, r["n"]), r["seconds"] if name == spec else None
+            rows.append({"attack": name, "accuracy": right / r["n"], "low": low, "high": high,
+                         "n": r["n"], "seconds": seconds,
+                         "eps": c.eps, "alpha": c.alpha, "seed": c.seed})
+            say(f"{name:16} {right / r['n']:9.2%}  {low:7.2%} - {high:.2%}  {r['n']:7,}"
+                + (f"  {seconds:8.1f}" if name == spec else ""))
     if rank() == 0:
         name = Path(c.evaluate).with_suffix("")
         write_csv(name.with_name(name.name + "-evaluation.csv"), rows)
@@ -798,52 +1046,46 @@ def parser():
     """Every flag with its unit, symbol and default; and the defaults, which argparse does not set,
     so that what was given can be told from what was not."""
     p = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
-               allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     defaults = {}
 
     def flag(*names, default=None, help, shown=None, **kw):
-        action = p.add_argument(*names,
-                                help=f"{help} (default: {shown or default})".replace("%", "%%"),
-                                **kw)
-        defaults[action.dest] = default
+        help = f"{help} (default: {shown or default})".replace("%", "%%")
+        defaults[p.add_argument(*names, help=help, **kw).dest] = default
     by = "by data set"
     flag("--model", default="s4", choices=tuple(SCRIPTS), help="sequence model")
     flag("--ads", nargs="?", const="relu", choices=tuple(ACTIVATIONS),
          shown="no AdS; relu if given without a word",
          help="Adaptive Scaling after each sequence map, with this activation")
-    flag("--control", choices=CONTROLS, help="what stands in the place of AdS for comparison",
-         shown="nothing")
+    flag("--control", choices=CONTROLS, shown="nothing",
+         help="what stands in the place of AdS for comparison")
     flag("--dataset", default="cifar10", choices=tuple(PRESETS), help="images")
-    flag("--data-dir", default="./data", metavar="DIR", help="torchvision's layout; downloaded "
-                                                             "when absent")
-    flag("--classes", type=int, metavar="N", help="Tiny-ImageNet: the first N of wnids.txt",
-         shown=50)
+    flag("--data-dir", default="./data", metavar="DIR",
+         help="torchvision's layout; downloaded when absent")
+    flag("--classes", type=int, metavar="N", shown=50,
+         help="Tiny-ImageNet: the first N of wnids.txt")
     flag("--method", default="pgd", choices=METHODS, help="training method")
-    flag("--eps", "--epsilon", type=fraction, help="radius eps of the l_inf ball, pixel units in "
-                                                   "[0, 1], 8/255", shown=by)
+    flag("--eps", "--epsilon", type=fraction, shown=by,
+         help="radius eps of the l_inf ball, pixel units in [0, 1], 8/255")
     flag("--alpha", "--step-size", type=fraction, help="attack step alpha, pixel units", shown=by)
     flag("--steps", "--num-steps", type=int, metavar="K", help="attack steps in training", shown=by)
     flag("--beta", type=float, help="TRADES: weight of the robust term, no unit", shown=by)
-    flag("--replays", type=int, default=4, metavar="M", help="FreeAT: replays of a batch; epochs "
-                                                             "are divided by M")
-    flag("--yopo", type=pair, default=[5, 3], metavar="M-N", help="YOPO: full passes and inner "
-                                                                  "steps", shown="5-3")
-    flag("--eps-warmup", type=float, metavar="E", help="eps and alpha grow from 0 over the first E "
-                                                       "epochs",
-         shown="0; synthetic 4")
+    flag("--replays", type=int, default=4, metavar="M",
+         help="FreeAT: replays of a batch; epochs are divided by M")
+    flag("--yopo", type=pair, default=[5, 3], metavar="M-N", shown="5-3",
+         help="YOPO: full passes and inner steps")
+    flag("--eps-warmup", type=float, metavar="E", shown="0; synthetic 4",
+         help="eps and alpha grow from 0 over the first E epochs")
     flag("--d-model", type=int, metavar="H", help="channels", shown=by)
     flag("--d-state", type=int, metavar="N", help="states of a sequence map",
-         shown="by data set; mamba, attention 16; "
-         "s5 H")
-    flag("--d-hidden", type=int, metavar="V", help="attention: channels of values and feed-forward",
-         shown=by)
+         shown="by data set; mamba, attention 16; s5 H")
+    flag("--d-hidden", type=int, metavar="V", shown=by,
+         help="attention: channels of values and feed-forward")
     flag("--n-layers", type=int, metavar="N", help="blocks", shown=by)
     flag("--patch-size", type=int, metavar="P", help="a token is a patch of P x P pixels",
-         shown="1; tiny-imagenet, "
-         "synthetic 4")
-    flag("--batch-size", type=int, metavar="B", help="images of a step, over all processes",
-         shown=by)
+         shown="1; tiny-imagenet, synthetic 4")
+    flag("--batch-size", type=int, metavar="B", shown=by,
+         help="images of a step, over all processes")
     flag("--epochs", type=int, help="passes over the training images", shown=by)
     flag("--lr", type=float, help="AdamW's learning rate, cosine to 0", shown=by)
     flag("--weight-decay", type=float, help="AdamW's, on Linear and Conv weights only", shown=by)
@@ -851,26 +1093,27 @@ def parser():
          shown="all but the held-out 1,000")
     flag("--test-size", type=int, metavar="N", help="the first N test images", shown="all")
     flag("--eval-every", type=int, default=1, metavar="E", help="measure every E epochs")
-    flag("--eval-train", type=int, default=0, metavar="N", help="also measure the first N training "
-                                                                "images")
+    flag("--eval-train", type=int, default=0, metavar="N",
+         help="also measure the first N training images")
     flag("--select", default="val", choices=("val", "test"),
          help="what chooses Best: 1,000 held-out training images, or the test set as in the paper")
     flag("--attacks", type=comma_list, default=["clean", "pgd-10"], metavar="A,B",
          shown="clean,pgd-10",
-         help="for the final row and --evaluate: clean, fgsm, pgd-K, pgd-KxR (K steps, R restarts)")
+         help="for the final row and --evaluate: clean, fgsm, pgd-K, pgd-KxR (K steps, R restarts),"
+              f" {', '.join(AUTO)}; aa: AutoAttack, these four in turn; aa-fast: the first two")
     flag("--seed", type=int, default=0, help="fixes weights, order, augmentation and attacks")
     flag("--device", shown="cuda if there is one", help="cpu, cuda, cuda:1, ...")
     flag("--precision", default="fp32", choices=("fp32", "fp64"), help="of weights and images")
-    flag("--out", metavar="DIR", help="log.csv, config.json, last.pt, best.pt, result.json",
-         shown="runs/NAME")
+    flag("--out", metavar="DIR", shown="runs/NAME",
+         help="log.csv, config.json, last.pt, best.pt, result.json")
     flag("--resume", nargs="?", const=True, metavar="PATH", shown="a new run",
          help="go on with the run in --out, or in PATH (a run's folder or checkpoint)")
     flag("--save-every", type=float, default=10.0, metavar="MINUTES",
          help="checkpoint inside an epoch")
-    flag("--nan", default="stop", choices=("stop", "skip"), help="what a loss that is not finite "
-                                                                 "does to the run")
-    flag("--evaluate", metavar="CKPT", help="measure this checkpoint instead of training",
-         shown="train")
+    flag("--nan", default="stop", choices=("stop", "skip"),
+         help="what a loss that is not finite does to the run")
+    flag("--evaluate", metavar="CKPT", shown="train",
+         help="measure this checkpoint instead of training")
     return p, defaults
 
 
@@ -881,8 +1124,8 @@ def settings(argv):
     given = vars(p.parse_args(argv))
     chosen = defaults | PRESETS[given.get("dataset", "cifar10")] | given
     c = SimpleNamespace(**chosen)
-    c.d_state = given.get("d_state",
-                          c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state))
+    states = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
+    c.d_state = given.get("d_state", states)
     c.eps_warmup = c.eps_warmup or 0.0
     path, flag, state, free = c.resume, "--resume", None, FREE
     if c.evaluate:
@@ -899,16 +1142,19 @@ def settings(argv):
     elif any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")):
         raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
                         "another --out")
-    if state:
-        for k, v in given.items():
-            if k not in free and state["config"].get(k, v) != v:
-                raise UserError(f"--{k.replace('_', '-')} {v}: {path if c.evaluate else c.out} was "
-                                "trained with "
-                                f"{state['config'][k]}; leave the flag out, or choose another run")
-        kept = {k: v for k,
-                v in state["config"].items() if k not in ("device", "resume", "evaluate", "out")}
-        c = SimpleNamespace(**{**vars(c), **kept, **{k: given[k] for k in free if k in given}})
-    return check(c), state
+    return check(restored(c, given, state, path, free) if state else c), state
+
+
+def restored(c, given, state, path, free):
+    """c with the checkpoint's settings, but for what is free and given.  UserError at a clash."""
+    config = state["config"]
+    for k, v in given.items():
+        if k not in free and config.get(k, v) != v:
+            raise UserError(f"--{k.replace('_', '-')} {v}: {path if c.evaluate else c.out} was "
+                            f"trained with {config[k]}; leave the flag out, or choose another run")
+    own = ("device", "resume", "evaluate", "out")
+    kept = {k: v for k, v in config.items() if k not in own}
+    return SimpleNamespace(**{**vars(c), **kept, **{k: given[k] for k in free if k in given}})
 
 
 def check(c):
@@ -920,8 +1166,7 @@ def check(c):
         if not 0 <= getattr(c, name) <= 1:
             refuse(name, "it must lie in [0, 1], pixel units; 8/255, not 8")
     for name in ("d_model", "d_state", "d_hidden", "n_layers", "patch_size", "batch_size", "epochs",
-                 "classes", "eval_every",
-                 "replays", "train_size", "test_size"):
+                 "classes", "eval_every", "replays", "train_size", "test_size"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
             refuse(name, "it must be at least 1")
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
@@ -937,7 +1182,7 @@ def check(c):
         refuse("d_state", f"{c.model} stores conjugate pairs; give an even number")
     if c.shape[1] % c.patch_size:
         refuse("patch_size", f"it does not divide an image of {c.shape[1]} x {c.shape[2]} pixels; "
-                             "give a divisor")
+               "give a divisor")
     if c.dataset != "tiny-imagenet" and c.classes != 10:
         refuse("classes", f"{c.dataset} has 10 classes; only tiny-imagenet takes another number")
     for spec in c.attacks:
@@ -945,7 +1190,7 @@ def check(c):
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=c.device)
-    except Exception:                                                   # each backend has its own
+    except Exception:                                                     # each backend has its own
         refuse("device", "there is no such device here; leave it out, or give cpu")
     return c
 
@@ -965,8 +1210,7 @@ def lock(out):
         pass
     except OSError:
         raise UserError(f"--out {out}: another process is training there; wait for it, or choose "
-                        "another "
-                        "--out") from None
+                        "another --out") from None
     return held
 
 
@@ -987,7 +1231,7 @@ def main(argv=None):
         if rank() == 0:
             write(Path(c.out) / "config.json", json.dumps(vars(c) | machine(c), indent=1))
         train(c, data, state)
-    except UserError as e:
+    except (UserError, FloatingPointError) as e:
         say(f"train.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
