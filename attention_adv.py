@@ -4,6 +4,14 @@
     python attention_adv.py              # MNIST if ./data has it, else drawn digits
     python attention_adv.py --epochs 8 --data-dir DIR
 
+    MNIST: 4000 training and 1000 test images, PGD-AT, eps 0.100
+                 parameters   clean   PGD-10
+    without AdS      39,532   29.1%   21.0%
+    with AdS         56,172   34.0%   25.1%
+
+100 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits it stays at chance in this
+short a run: give it --epochs.
+
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mega   Ma et al. 2023, arXiv 2209.10655          TRADES  Zhang et al. 2019, 1901.08573
                                                             FGSM  Goodfellow et al. 2015, 1412.6572

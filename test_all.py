@@ -1726,46 +1726,33 @@ def test_each_stage_agrees_image_by_image_with_pyautoattack():
 
 
 @pytest.mark.parametrize("method", ("standard", "free"))
-def test_two_processes_give_the_run_of_one(method, tmp_path):
-    words = [
-        *TINY,
-        "--dataset",
-        "synthetic",
-        "--precision",
-        "fp64",
-        "--method",
-        method,
-        "--replays",
-        "2",
-        "--epochs",
-        "2",
-        "--train-size",
-        "41",
-        "--device",
-        "cpu",
-        "--attacks",
-        "clean",
-    ]
+def test_two_processes_give_the_run_of_one_also_if_one_of_them_is_late(method, tmp_path):
+    words = (f"{' '.join(TINY)} --dataset synthetic --precision fp64 --method {method} --replays 2 "
+             "--epochs 2 --train-size 41 --device cpu --attacks clean").split()
     assert trains(tmp_path / "one", *words) == 0
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    subprocess.run(
-        [*torchrun, str(HERE / "train.py"), *words, "--out", str(tmp_path / "two")],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=300,
-    )
+    (tmp_path / "late.py").write_text(
+        "import os, sys, time, train\n"
+        "settings = train.settings\n"
+        "def late(argv):\n"                 # the first process is past its checks long before
+        "    time.sleep(3 * int(os.environ['RANK']))\n"
+        "    return settings(argv)\n"
+        "train.settings = late\n"
+        "sys.exit(train.main())\n")
+    torchrun(2, tmp_path / "late.py", *words, "--out", str(tmp_path / "two"))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for k in one:
         close(two[k], one[k], 1e-9)
     assert len(log(tmp_path / "two")) == len(log(tmp_path / "one"))
+
+
+def torchrun(n, *words):
+    """n processes of a script; what they print, or the test fails with it."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", str(n), *map(str, words)], capture_output=True,
+                          text=True, timeout=300, env=os.environ | {
+                              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 # ---- train.py: the command line ------------------------------------------------------------------

@@ -78,13 +78,18 @@ def load_data(c):
     val is the last 1,000 training images, train the first c.train_size of the others, test the
     first c.test_size test images.  UserError where data are missing or fewer than asked for.
     """
-    if c.dataset == "synthetic":
+    first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:                                   # the first process of a machine downloads and
+        dist.barrier()                              # decodes for all; and nobody writes to --out
+    if c.dataset == "synthetic":                    # before everybody has looked at it
         x, y = drawn_digits(11_000, 0)
         x_test, y_test = drawn_digits(2_000, 1)
     elif c.dataset == "tiny-imagenet":
         x, y, x_test, y_test = tiny_imagenet(Path(c.data_dir) / "tiny-imagenet-200", c.classes)
     else:
         x, y, x_test, y_test = torchvision_data(c.dataset, c.data_dir)
+    if first and dist.is_initialized():
+        dist.barrier()
     sets = {"train": (x[:-1000], y[:-1000]), "val": (x[-1000:], y[-1000:]),
             "test": (x_test, y_test)}
     for name, size in (("train", c.train_size), ("test", c.test_size)):
@@ -106,10 +111,7 @@ def torchvision_data(name, root):
     kind, folder = {"mnist": (MNIST, "MNIST"), "cifar10": (CIFAR10, "cifar-10-batches-py")}[name]
     root, sets = Path(root), []
     if not (root / folder).exists():
-        if rank() == 0:
-            download(kind, root, folder)
-        if world() > 1:
-            dist.barrier()
+        download(kind, root, folder)
     try:
         sets = [kind(root, train=train, download=False) for train in (True, False)]
         x, x_test = (torch.as_tensor(s.data) for s in sets)
