@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from operator import attrgetter
@@ -1298,6 +1299,160 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     assert all(torch.equal(v, whole[1][k]) for k, v in weights(tmp_path / "run").items())
 
 
+# ---- train.py: faults ----------------------------------------------------------------------------
+
+# In a process of its own: starts a run again and again and kills it each time, then lets it end.
+# Half of the kills come at a random time, half at a random write of a checkpoint or log: before it
+# reaches the disk, before it takes its place, or after. Prints how many kills it took.
+KILLER = """
+import functools, os, random, signal, sys, time, train
+
+kills, words = int(sys.argv[1]), sys.argv[2:]
+chance = random.Random(0)
+train.drawn_digits = functools.cache(train.drawn_digits)
+train.drawn_digits(11_000, 0), train.drawn_digits(2_000, 1)             # once, for all children
+for n in range(10 * kills):
+    after = chance.uniform(0.05, 0.8) if n % 2 else None
+    at = chance.randint(1, 12)
+    child = os.fork()
+    if child == 0:
+        def deadly(real):
+            def call(*args):
+                global at
+                at -= 1
+                if at == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args)
+            return call
+        if after is None and n < kills:
+            os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+        os._exit(train.main(words + ["--resume"] * (n > 0)))
+    if after is not None and n < kills:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        sys.exit(print("kills", n) if status == 0 else f"the run ended with status {status}")
+"""
+
+
+def alone(*words, **kw):
+    """A process of its own, one thread, that finds the project's files."""
+    return subprocess.Popen([sys.executable, *map(str, words)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, cwd=HERE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+
+
+def same_run(a, b):
+    """Two runs' logs, checkpoints and results are the same, bit for bit, but for their clocks."""
+    assert log(a) == log(b)
+    for kind in ("last.pt", "best.pt"):
+        x, y = (torch.load(out / kind, weights_only=True) for out in (a, b))
+        for state in (x, y):
+            for row in state.get("rows", ()):
+                row.pop("seconds")
+            state["config"] = state["seconds"] = None
+        assert repr(x) == repr(y)                       # names, counters, scores, and every printed
+        assert all(torch.equal(u, v) for u, v in zip(tensors(x), tensors(y), strict=True))
+    x, y = (json.loads((out / "result.json").read_text()) for out in (a, b))
+    assert all(x[k] == y[k] for k in ("Best", "Last", "Diff"))
+
+
+def tensors(state):
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    nested = (dict, list, tuple, torch.Tensor)
+    values = state.values() if isinstance(state, dict) else state
+    return [t for v in values if isinstance(v, nested) for t in tensors(v)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("method", ("pgd", "free"))
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(method, tmp_path):
+    """SSM_ADV_KILLS=300 python -m pytest -q test_all.py -k killed       # minutes, not seconds"""
+    kills = int(os.environ.get("SSM_ADV_KILLS", 24)) // 2
+    words = (f"{' '.join(TINY)} --dataset synthetic --device cpu --save-every 0 --replays 2 "
+             f"--method {method} --train-size {30 * kills} --epochs 4 --eval-every 2").split()
+    killer = alone("-c", KILLER, kills, *words, "--out", tmp_path / "killed")
+    out, err = killer.communicate(timeout=3600)
+    assert killer.returncode == 0 and f"kills {kills}\n" in out, out + err
+    assert train.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signum", ("SIGINT", "SIGTERM"))
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(signum, tmp_path):
+    words = [*TINY, "--dataset", "synthetic", "--device", "cpu", "--train-size", "320",
+             "--epochs", "2", "--save-every", "60"]
+    process = alone(HERE / "train.py", *words, "--out", tmp_path / "cut")
+    while "epoch" not in (line := process.stdout.readline()):               # the table's head
+        assert line, process.stderr.read()
+    process.stdout.readline()                                               # an epoch's row
+    process.send_signal(getattr(signal, signum))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"stopped; go on with: python train.py --resume {tmp_path / 'cut'}" in err
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    assert train.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_full_disk_stops_the_run_and_damages_nothing(tmp_path):
+    words = [*TINY, "--dataset", "synthetic", "--device", "cpu", "--epochs", "2"]
+    full = ("import resource, train\n"              # a file may not grow past 4 kB from epoch 2 on
+            "end_epoch = train.end_epoch\n"
+            "def fills(run, data):\n"
+            "    if run.epoch == 1:\n"
+            "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+            "    return end_epoch(run, data)\n"
+            "train.end_epoch = fills\n"
+            "raise SystemExit(train.main())\n")
+    process = alone("-c", full, *words, "--out", tmp_path / "full")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert err.startswith("train.py: cannot write") and "make room or choose another --out" in err
+    assert len(log(tmp_path / "full")) == 1 + 1 and not list((tmp_path / "full").glob("*.part"))
+    assert train.main(["--resume", str(tmp_path / "full")]) == 0
+    assert train.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    same_run(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_log_that_a_crash_cut_is_written_anew(tmp_path):
+    assert trains(tmp_path / "run", *TINY, "--epochs", "2") == 0
+    whole = log(tmp_path / "run")
+    (tmp_path / "run" / "log.csv").write_text("epoch,lr\n1,0.0")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert log(tmp_path / "run") == whole
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_with_its_own_settings(tmp_path):
+    assert trains(tmp_path / "run", *TINY, "--seed", "5") == 0
+    (tmp_path / "whole").mkdir()
+    for file in (tmp_path / "run").iterdir():
+        file.rename(tmp_path / "whole" / file.name)
+    text = (tmp_path / "whole" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(text)
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resume_refuses_what_is_no_run(tmp_path, capsys):
+    assert trains(tmp_path / "run", *TINY) == 0
+    (tmp_path / "empty").mkdir()
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["config"]["d_model"] = 16
+    (tmp_path / "misfit").mkdir()
+    torch.save(state, tmp_path / "misfit" / "last.pt")
+    for path, message in ((tmp_path / "run" / "best.pt", "this holds weights for --evaluate"),
+                          (tmp_path / "empty", "there is no run in this folder"),
+                          (tmp_path / "misfit", "does not fit the model that its settings")):
+        capsys.readouterr()
+        assert train.main(["--resume", str(path)]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
 # ---- train.py: evaluation ------------------------------------------------------------------------
 
 
@@ -1743,6 +1898,31 @@ def test_two_processes_give_the_run_of_one_also_if_one_of_them_is_late(method, t
     for k in one:
         close(two[k], one[k], 1e-9)
     assert len(log(tmp_path / "two")) == len(log(tmp_path / "one"))
+
+
+def test_a_signal_to_one_of_two_processes_saves_and_stops_both_and_one_alone_goes_on(tmp_path):
+    words = (f"{' '.join(TINY)} --dataset synthetic --precision fp64 --method free --replays 1 "
+             "--epochs 2 --train-size 57 --device cpu --attacks clean").split()
+    assert trains(tmp_path / "one", *words) == 0
+    (tmp_path / "signalled.py").write_text(
+        "import os, signal, sys, train\n"
+        "train_batch = train.train_batch\n"
+        "def batch(run, *rest):\n"
+        "    if os.environ['RANK'] == '1' and (run.epoch, run.batch) == (1, 1):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return train_batch(run, *rest)\n"
+        "train.train_batch = batch\n"
+        "sys.exit(train.main() != 130)\n")
+    torchrun(2, tmp_path / "signalled.py", *words, "--out", str(tmp_path / "two"))
+    state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    assert (state["epoch"], state["batch"], state["seen"]) == (1, 2, 32)
+    assert train.main(["--resume", str(tmp_path / "two")]) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for k in one:
+        close(two[k], one[k], 1e-9)
+    one, two = (torch.load(tmp_path / k / "last.pt", weights_only=True)["rows"]
+                for k in ("one", "two"))
+    close([row["loss"] for row in one], [row["loss"] for row in two])
 
 
 def torchrun(n, *words):

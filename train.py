@@ -554,7 +554,7 @@ def new_run(c):
         c=c, model=model, optimizer=torch.optim.AdamW(param_groups(model, c.weight_decay), lr=c.lr),
         noise=noise if c.method == "free" else None, epochs=math.ceil(c.epochs / replays(c)),
         epoch=0, batch=0, loss=0.0, seen=0, skipped=0, seconds=0.0,     # where it is in the epoch
-        rows=[], best=None, saved=time.monotonic())
+        rows=[], best=None, saved=time.monotonic(), busy=False, asked=False, flags=[0, 0])
 
 
 def replays(c):
@@ -588,6 +588,8 @@ def save(run):
     """last.pt of the run as it stands; the one before it becomes previous.pt."""
     state = {"format": 1, "config": vars(run.c), "model": run.model.state_dict(),
              "optimizer": run.optimizer.state_dict(), "noise": run.noise}
+    state |= {k: getattr(run, k) for k in COUNTERS}
+    state["loss"], state["seen"] = total([run.loss, run.seen], next(run.model.parameters()).device)
     if run.noise is not None and world() > 1:                         # each process knows its slots
         state["noise"] = torch.zeros_like(run.noise)
         state["noise"][rank()::world()] = run.noise[rank()::world()]
@@ -595,7 +597,7 @@ def save(run):
     if rank() == 0:
         out = Path(run.c.out)
         fresh = out / "new.pt"
-        write(fresh, state | {k: getattr(run, k) for k in COUNTERS})
+        write(fresh, state)
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "previous.pt")
         os.replace(fresh, out / "last.pt")
@@ -630,30 +632,39 @@ def find_checkpoint(out):
 
 
 def restore(run, state):
-    """Puts a checkpoint's state into a new run."""
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    """Puts a checkpoint's state into a new run.  UserError if it is of another model."""
+    try:
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise UserError(f"--resume {run.c.out}: the checkpoint does not fit the model that its "
+                        f"settings describe ({str(e).splitlines()[0]}); start again with another "
+                        "--out") from None
     if run.noise is not None:
         run.noise.copy_(state["noise"])
     for k in COUNTERS:
         setattr(run, k, state[k])
+    if rank() > 0:                                                      # sums, kept in one place
+        run.loss = run.seen = 0
 
 
-def synchronise(model, share, stop):
+def synchronise(model, share, flags):
     """Gradients summed over processes with weight share = n_local / n: that of the whole batch.
 
     One flat all_reduce after each backward pass: what DDP does, but without hooks in the forward
     pass, so that attacks cannot trigger it, and FreeAT and YOPO, which walk backwards as they
-    like, need no exception. stop (0 or 1) travels along; returns the largest of all processes.
+    like, need no exception. flags (numbers) travel along, so that all processes save and stop
+    after the same batch; returns which of them any process has set.
     """
     if world() == 1:
-        return stop
+        return flags
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    flat = torch.cat([g.flatten() * share for g in grads] + [grads[0].new_tensor([stop])])
+    flat = torch.cat([g.flatten() * share for g in grads] + [grads[0].new_tensor(flags)])
     dist.all_reduce(flat)
-    for p, g in zip(model.parameters(), flat[:-1].split([g.numel() for g in grads])):
+    *sums, flags = flat.split([g.numel() for g in grads] + [len(flags)])
+    for p, g in zip(model.parameters(), sums):
         p.grad = g.view_as(p)
-    return int(flat[-1] > 0)
+    return (flags > 0).tolist()
 
 
 class Blowup(Exception):
@@ -689,7 +700,8 @@ def descend(run, backward, x, n):
     if not math.isfinite(loss):                                           # tell the other processes
         for p in run.model.parameters():
             p.grad = torch.full_like(p, math.nan)
-    run.stop = synchronise(run.model, len(x) / n, run.stop)
+    due = rank() == 0 and time.monotonic() - run.saved > 60 * run.c.save_every
+    run.flags = synchronise(run.model, len(x) / n, [run.asked, due])
     if not all(bool(p.grad.isfinite().all()) for p in run.model.parameters() if p.grad is not None):
         run.optimizer.zero_grad()
         if run.c.nan == "stop":
@@ -730,13 +742,14 @@ def total(values, device):
 
 
 def train_epoch(run, images, labels):
-    """The rest of run.epoch, from run.batch on; saves every c.save_every minutes and on stop."""
+    """The rest of run.epoch, from run.batch on; saves every c.save_every minutes and at its end."""
     c, device, start = run.c, images.device, time.monotonic() - run.seconds
     order = torch.Generator().manual_seed(seed_of(c.seed, "order", run.epoch))
     batches = torch.randperm(len(images), generator=order).to(device).split(c.batch_size)
     for group in run.optimizer.param_groups:                                # cosine to 0, per epoch
         group["lr"] = c.lr * 0.5 * (1 + math.cos(math.pi * run.epoch / run.epochs))
     run.model.train()
+    run.busy = True
     while run.batch < len(batches):
         i = batches[run.batch]
         x = images[i]
@@ -758,10 +771,12 @@ def train_epoch(run, images, labels):
         run.seen, run.batch = run.seen + len(x), run.batch + 1
         run.seconds = time.monotonic() - start
         progress(run, len(batches))
-        if run.stop or time.monotonic() - run.saved > 60 * c.save_every:
+        stop, due = run.flags
+        if stop or due or run.batch == len(batches):
             save(run)
-        if run.stop:
+        if stop:
             raise KeyboardInterrupt
+    run.busy = False
 
 
 def progress(run, batches):
@@ -792,8 +807,10 @@ def greet(run, n):
 def stop_at_signal(run):
     """Ctrl-C and SIGTERM end the run after the batch at hand, with a checkpoint."""
     def note(signum, frame):
-        run.stop = 1
         signal.signal(signum, signal.SIG_DFL)                           # a second one ends at once
+        if not run.busy:                                                # measuring: nothing to lose
+            raise KeyboardInterrupt
+        run.asked = True
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, note)
 
@@ -803,12 +820,13 @@ def train(c, data, state=None):
     run, n = new_run(c), len(data["train"][0])
     if state is not None:
         restore(run, state)
-    run.batches, run.stop = -(-n // c.batch_size), 0
+    run.batches = -(-n // c.batch_size)
     if state is None:
         greet(run, n)
         save(run)
     else:
         say(f"{c.out}: going on at epoch {run.epoch + 1}, batch {run.batch + 1}")
+        write_log(run)                                                  # if it was cut before it
     stop_at_signal(run)
     columns = [f"{f'{name} {kind}':>12}" for name in watched(c) for kind in ("clean", "pgd-10")]
     say("  ".join([f"{'epoch':>5}", f"{'lr':>8}", f"{'loss':>7}", *columns, f"{'time':>7}"]))
@@ -824,11 +842,8 @@ def train(c, data, state=None):
                 write(Path(c.out) / "best.pt", {"format": 1, "config": vars(c), "epoch": run.epoch,
                                                 "model": run.model.state_dict()})
         save(run)
-        if rank() == 0:
-            write_csv(Path(c.out) / "log.csv", run.rows)
+        write_log(run)
         say(("\r\033[K" if sys.stdout.isatty() else "") + format_row(row, c))
-        if run.stop:
-            raise KeyboardInterrupt
     return finish(run, data)
 
 
@@ -864,6 +879,12 @@ def format_row(row, c):
               for name in watched(c) for k in (f"{name}_clean", f"{name}_pgd-10")]
     return "  ".join(cells) + f"  {clock(row['seconds']):>7}" + (
         f"  {row['skipped']} steps dropped" if row["skipped"] else "")
+
+
+def write_log(run):
+    """log.csv, written anew from the checkpoint's rows: what a crash did to it is mended."""
+    if rank() == 0 and run.rows:
+        write_csv(Path(run.c.out) / "log.csv", run.rows)
 
 
 def write_csv(path, rows):
@@ -1141,6 +1162,16 @@ def settings(argv):
     if path:
         file = isinstance(path, str) and Path(path).is_file()
         state = read_checkpoint(Path(path), flag) if file else find_checkpoint(Path(c.out))
+        if c.resume and state and "optimizer" not in state:
+            raise UserError(f"--resume {path}: this holds weights for --evaluate, not a run; give "
+                            "last.pt or the run's folder")
+        if state is None and (begun := Path(c.out) / "config.json").exists():
+            config = json.loads(begun.read_text())                      # cut before its first save
+            config = {"config": {k: config[k] for k in vars(c) if k in config}}
+            return check(restored(c, given, config, path, free)), None
+        if state is None and isinstance(path, str):
+            raise UserError(f"--resume {path}: there is no run in this folder; leave the flag out "
+                            "to begin one")
     elif any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")):
         raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
                         "another --out")
@@ -1217,6 +1248,7 @@ def lock(out):
 
 
 def main(argv=None):
+    c = None
     try:
         if "RANK" in os.environ:                                            # started by torchrun
             gpu = torch.cuda.is_available()
@@ -1237,7 +1269,9 @@ def main(argv=None):
         say(f"train.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say(f"\nstopped; go on with: python train.py --resume {c.out}", file=sys.stderr)
+        begun = c is not None and not c.evaluate and (Path(c.out) / "config.json").exists()
+        say("\nstopped" + (f"; go on with: python train.py --resume {c.out}" if begun else ""),
+            file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
