@@ -1299,6 +1299,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     assert all(torch.equal(v, whole[1][k]) for k, v in weights(tmp_path / "run").items())
 
 
+def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(tmp_path, capsys):
+    for out, *words in ("a", "--seed", "0"), ("b", "--seed", "1"), ("c", "--ads"):
+        assert trains(tmp_path / out, *TINY, *words) == 0
+    for out, clean in ("a", 0.25), ("b", 0.75):
+        path = tmp_path / out / "result.json"
+        result = json.loads(path.read_text())
+        result["Best"]["clean"] = clean
+        path.write_text(json.dumps(result))
+    capsys.readouterr()
+    assert train.main(["--table", *(str(tmp_path / out) for out in "abc")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("synthetic, method pgd, eps 8/255, steps 2, width 8")
+    assert lines[4].startswith("| s4 | 2 | 50.0 +- 35.4 / ")
+    assert lines[5].startswith("| s4 + AdS relu | 1 |") and not lines[1]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert train.main(["--table", str(tmp_path)]) == 2
+    assert "there is no result.json of a finished run" in capsys.readouterr().err
+
+
 # ---- train.py: faults ----------------------------------------------------------------------------
 
 # In a process of its own: starts a run again and again and kills it each time, then lets it end.

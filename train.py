@@ -928,6 +928,52 @@ def finish(run, data):
              "config": vars(c), **machine(c)}, indent=1))
 
 
+def table(folders):
+    """--table: finished runs as Markdown, a line for each model: mean +- spread over its seeds.
+
+    Accuracies in per cent, each as clean / PGD-10 / ...; spread is the sample standard deviation.
+    """
+    groups, common = {}, None
+    for folder in folders:
+        try:
+            result = json.loads((Path(folder) / "result.json").read_text())
+            c = SimpleNamespace(**result["config"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--table {folder}: there is no result.json of a finished run; let the "
+                            "run end, or leave it out") from None
+        same = {k: result["config"][k] for k in ("dataset", "eps", "attacks", "select")}
+        if (common := common or same) != same:
+            raise UserError(f"--table {folder}: its dataset, eps, attacks or select differ from "
+                            f"those of {folders[0]}; print them apart")
+        name = c.model + (f" + AdS {c.ads}" if c.ads else f" + {c.control}" if c.control else "")
+        key = (name, c.method, show(c.eps), c.steps, c.d_model, c.epochs, result["n_train"],
+               result["n_test"])
+        groups.setdefault(key, []).append((folder, result))
+    names = ("model", "method", "eps", "steps", "width", "epochs", "n train", "n test")
+    vary = [i for i, values in enumerate(zip(*groups)) if i == 0 or len(set(values)) > 1]
+    alike = [f"{names[i]} {v}" for i, v in enumerate(next(iter(groups))) if i not in vary]
+    heads = (*(names[i] for i in vary), "seeds",
+             *(f"{which}: {' / '.join(common['attacks'])}" for which in ("Best", "Last", "Diff")),
+             "logs")
+    lines = [f"{common['dataset']}, {', '.join(alike)}", "",
+             "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for key, runs in groups.items():
+        cells = [" / ".join(spread([100 * r[which][a] for _, r in runs])
+                            for a in common["attacks"]) for which in ("Best", "Last", "Diff")]
+        logs = " ".join(f"[{r['config']['seed']}]({folder}/log.txt)" for folder, r in runs)
+        row = [*(str(key[i]) for i in vary), str(len(runs)), *cells, logs]
+        lines.append("| " + " | ".join(row) + " |")
+    print("\n".join(lines))
+
+
+def spread(values):
+    """'mean +- standard deviation', or the one value."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} +- {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.1f}"
+
+
 def machine(c):
     """What a result needs beside it: versions, device, date."""
     cuda = c.device.startswith("cuda")
@@ -1135,6 +1181,8 @@ def parser():
          help="checkpoint inside an epoch")
     flag("--nan", default="stop", choices=("stop", "skip"),
          help="what a loss that is not finite does to the run")
+    flag("--table", nargs="+", metavar="RUN", shown="train",
+         help="print the results of these finished runs as one Markdown table instead of training")
     flag("--evaluate", metavar="CKPT", shown="train",
          help="measure this checkpoint instead of training")
     return p, defaults
@@ -1256,6 +1304,9 @@ def main(argv=None):
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cudnn.allow_tf32 = False                       # convolutions in full float32
+        if (asked := parser()[0].parse_args(argv)) and "table" in asked:
+            table([str(Path(folder)) for folder in asked.table])
+            return 0
         c, state = settings(argv)
         if c.evaluate:
             evaluate_checkpoint(c, state)
