@@ -4,6 +4,7 @@
     python train.py --model s4 --ads --dataset synthetic                  # a minute on a laptop
     python train.py --model s4 --ads --dataset cifar10                    # the paper's protocol
     python train.py --evaluate runs/NAME/best.pt --attacks clean,pgd-50x5,aa
+    python train.py --bench --model mamba --batch-size 4 --lengths 256,1024     # what a step costs
     torchrun --nproc-per-node 4 train.py --model s4 --ads                 # the same on four GPUs
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532        FreeAT  Shafahi et al. 2019, 1904.12843
@@ -24,9 +25,13 @@ import math
 import os
 import platform
 import signal
+import statistics
 import sys
 import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +63,8 @@ PRESETS = {
                               epochs=6, batch_size=64, lr=3e-3, eps_warmup=4.0, steps=5,
                               train_size=4000, pad=0, flip=False, test_size=500),
 }
+# The scripts' kernels, kept in one place: `frozen` is s4_adv's here, whatever the model.
+attention_adv.MEMO = mamba_adv.MEMO = s4_adv.MEMO
 STATES = {"mamba": 16, "attention": 16}                              # d_state whatever the data set
 # What may change on --resume, and what else on --evaluate.
 FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
@@ -718,6 +725,7 @@ def train_batch(run, x, y, n):
     ramp = min(1.0, at / c.eps_warmup) if c.eps_warmup else 1.0
     eps, alpha = ramp * c.eps, ramp * c.alpha
 
+    @reduced(c)
     def backward():
         if c.method == "free":
             return free_backward(run.model, x, y, noise, eps)
@@ -1076,6 +1084,213 @@ def evaluate_checkpoint(c, state):
 
 
 # --------------------------------------------------------------------------------------------------
+# Speed: fewer bits in training; --bench, what a step costs
+# --------------------------------------------------------------------------------------------------
+
+@contextmanager
+def reduced(c):
+    """Training's products, attacks included, with the bits of --precision; also a decorator.
+
+    bf16  autocast: products of Linear and Conv layers; kernels and states leave it (`once`)
+    tf32  products on a GPU take inputs of 10 bits
+    Weights, their gradients and the optimiser are float32 in both, and evaluation never runs in it.
+    """
+    gpu = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [part.allow_tf32 for part in gpu]
+    bf16 = c.precision == "bf16"
+    try:
+        for part in gpu:
+            part.allow_tf32 = c.precision == "tf32"
+        with torch.autocast(torch.device(c.device).type, torch.bfloat16) if bf16 else nullcontext():
+            yield
+    finally:
+        for part, allowed in zip(gpu, before):
+            part.allow_tf32 = allowed
+
+
+def plain_convolution(u, K_hat):
+    """s4_adv.Convolution, left to autograd."""
+    L = u.shape[1]
+    u_hat = torch.fft.rfft(u.transpose(1, 2), 2 * L)                        # (B, H, L+1)
+    return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].transpose(1, 2)   # (B, L, H)
+
+
+def plain_scan(a, b):
+    """s4_adv.Scan, a loop left to autograd."""
+    xs = [b[:, 0]]                                                          # (B, P)
+    for b_t in b.unbind(1)[1:]:
+        xs.append(a * xs[-1] + b_t)
+    return torch.stack(xs, 1)                                               # (B, L, P)
+
+
+@contextmanager
+def plainly():
+    """Within it the work is done as one would first write it down, to compare: each kernel is
+    computed at each step, weights are not frozen, and autograd stores every state of a loop."""
+    from unittest.mock import patch
+    with ExitStack() as stack:
+        for module, names in ((s4_adv, {"Convolution": SimpleNamespace(apply=plain_convolution),
+                                        "Scan": SimpleNamespace(apply=plain_scan)}),
+                              (mamba_adv, {"selective_scan": mamba_adv.selective_scan_loop}),
+                              (attention_adv, {}), (sys.modules[__name__], {})):
+            names["frozen"] = nullcontext
+            if module in SCRIPTS.values():
+                names["once"] = lambda module, key, make: make()
+            stack.enter_context(patch.multiple(module, **names))
+        yield
+
+
+FORMS = {"fast": nullcontext, "plain": plainly}
+
+
+def bench_jobs(c):
+    """{name: function}: each kind of work on one batch of random images.
+
+    Labels are the model's own answers, so that evaluation attacks every image; the learning rate
+    is 0, so that every repetition meets the same weights.
+    """
+    model, draw = build(c), torch.Generator().manual_seed(seed_of(c.seed, "bench"))
+    optimizer = torch.optim.AdamW(param_groups(model, c.weight_decay), lr=0.0)
+    images = torch.randint(256, (c.batch_size, *c.shape), generator=draw, dtype=torch.uint8)
+    images = images.to(c.device)
+    x = images.to(next(model.parameters()).dtype) / 255
+    with torch.no_grad():                                 # one by one: the peak is not yet measured
+        y = torch.cat([model(v).argmax(1) for v in x.split(1)])
+
+    @reduced(c)
+    def forward():
+        with frozen(model), torch.no_grad():
+            model(x)
+
+    @reduced(c)
+    def attack():
+        pgd(model, x, y, c.eps, c.alpha, 1)
+
+    @reduced(c)
+    def step(method):
+        optimizer.zero_grad()
+        loss_of(method, model, x, y, c.eps, c.alpha, c.steps, c.beta).backward()
+        optimizer.step()
+
+    return {"forward": forward, "attack step": attack,
+            f"pgd-{c.steps} AT step": lambda: step("pgd"),
+            f"TRADES-{c.steps} step": lambda: step("trades"),
+            "evaluation": lambda: evaluate(model, images, y, ("clean", "pgd-10"), c, "bench")}
+
+
+def stopwatch(job, device):
+    """job(): its seconds, the CPU seconds of all threads of this process, and its result."""
+    begin, cpu, cuda = time.perf_counter(), time.process_time(), device.startswith("cuda")
+    if cuda:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+    result = job()
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    if cuda:
+        last.record()
+        torch.cuda.synchronize(device)
+        seconds = first.elapsed_time(last) / 1000
+    return seconds, cpu, result
+
+
+def kernel_share(c, job):
+    """Share of job()'s seconds that goes into what `once` makes: kernels and their FFTs."""
+    from unittest.mock import patch
+    spent, once = [], SCRIPTS[c.model].once
+
+    def watched(module, key, make):
+        def timed():
+            *seconds, made = stopwatch(make, c.device)
+            spent.append(seconds)
+            return made
+        return once(module, key, timed)
+    with patch.object(SCRIPTS[c.model], "once", watched):
+        whole, which = stopwatch(job, c.device), 0 if c.device.startswith("cuda") else 1
+    return sum(seconds[which] for seconds in spent) / whole[which]
+
+
+def growth(c, name, form):
+    """Bytes by which one run of a job raises the memory of this process, or of its GPU, at most.
+
+    nan where there is no /proc. (getrusage's peak would do, but begins with the parent's.)
+    """
+    job, cuda = bench_jobs(c)[name], c.device.startswith("cuda")
+
+    def memory(what):
+        if cuda:
+            return getattr(torch.cuda, what)(c.device)
+        return 1024 * int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0])
+    try:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(c.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")               # peak := memory now
+        before = memory("memory_allocated" if cuda else "VmRSS")
+        with FORMS[form]():
+            job()
+        return memory("max_memory_allocated" if cuda else "VmHWM") - before
+    except OSError:
+        return math.nan
+
+
+def growth_apart(*args):
+    """growth(...) in a new process, since a peak never falls; None if memory did not suffice."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(growth, *args).result()
+        except RuntimeError as e:                                           # or it was killed
+            if not isinstance(e, BrokenExecutor) and "memory" not in str(e):
+                raise
+            return None
+
+
+def measure(c, L):
+    """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
+    c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
+    jobs, which, costs = bench_jobs(c), 0 if c.device.startswith("cuda") else 1, {}
+    peaks = {(name, form): growth_apart(c, name, form) for name in jobs for form in FORMS}
+    runs = {key: [] for key, peak in peaks.items() if peak is not None}
+    for i in range(1 + c.bench):                                            # the first warms up
+        for (name, form), times in runs.items():
+            with FORMS[form]():
+                times += [stopwatch(jobs[name], c.device)[:2]][:i]
+    for (name, form), times in runs.items():
+        seconds, cpu = (statistics.median(t) for t in zip(*times))
+        cost = sorted(t[which] for t in times)
+        costs[name, form] = statistics.median(cost)
+        with FORMS[form]():
+            share = kernel_share(c, jobs[name])
+        yield dict(L=L, work=name, form=form, seconds=seconds, cpu_seconds=cpu,
+                   spread=(cost[-1] - cost[0]) / costs[name, form],
+                   images_per_second=c.batch_size / seconds,
+                   us_per_token=1e6 * seconds / c.batch_size / L,
+                   peak_mb=peaks[name, form] / 2 ** 20, kernel_share=share,
+                   times_fast=costs[name, form] / costs.get((name, "fast"), math.nan))
+    for name, form in peaks.keys() - runs.keys():
+        say(f"{L:5d}  {name:16} {form:5}  did not fit into memory")
+
+
+def bench(c):
+    """--bench: what each kind of work costs, fast and plain (see plainly); table and bench.csv."""
+    held, rows = lock(Path(c.out)), []
+    say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
+        f"batch {c.batch_size}, {c.precision}, {machine(c)['device']}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}; medians of {c.bench} interleaved runs. Spread (max - "
+        "min) and times fast:\nof CPU seconds, on a GPU of seconds. Peak MB: growth of memory in "
+        "a process of its own. Kernel: its share of the time, forward only.\n"
+        "    L  work             form   seconds    CPU s  spread  images/s  us/token   peak MB  "
+        "kernel  times fast")
+    for L in c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]:
+        for row in measure(c, L):
+            say("{L:5d}  {work:16} {form:5} {seconds:9.3f} {cpu_seconds:8.3f} {spread:7.0%} "
+                "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
+                "{times_fast:11.2f}".format(**row))
+            rows.append(dict(model=c.model, ads=c.ads, batch=c.batch_size, **row))
+    write_csv(Path(c.out) / "bench.csv", rows)
+    held.close()
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -1096,6 +1311,15 @@ def show(value):
 
 def comma_list(text):
     return text.split(",")
+
+
+def counts(text):
+    """'64,256' -> [64, 256]."""
+    try:
+        return [int(v) for v in text.split(",")]
+    except ValueError:
+        message = f"{text} is no list of whole numbers; write it as 64,256,1024"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def pair(text):
@@ -1153,7 +1377,7 @@ def parser():
     flag("--n-layers", type=int, metavar="N", help="blocks", shown=by)
     flag("--patch-size", type=int, metavar="P", help="a token is a patch of P x P pixels",
          shown="1; tiny-imagenet, synthetic 4")
-    flag("--batch-size", type=int, metavar="B", shown=by,
+    flag("--batch-size", type=int, metavar="B", shown="by data set; --bench 16",
          help="images of a step, over all processes")
     flag("--epochs", type=int, help="passes over the training images", shown=by)
     flag("--lr", type=float, help="AdamW's learning rate, cosine to 0", shown=by)
@@ -1172,7 +1396,8 @@ def parser():
               f" {', '.join(AUTO)}; aa: AutoAttack, these four in turn; aa-fast: the first two")
     flag("--seed", type=int, default=0, help="fixes weights, order, augmentation and attacks")
     flag("--device", shown="cuda if there is one", help="cpu, cuda, cuda:1, ...")
-    flag("--precision", default="fp32", choices=("fp32", "fp64"), help="of weights and images")
+    flag("--precision", default="fp32", choices=("fp32", "fp64", "bf16", "tf32"),
+         help="of weights and images; bf16, tf32: of products in training, the rest is fp32")
     flag("--out", metavar="DIR", shown="runs/NAME",
          help="log.csv, config.json, last.pt, best.pt, result.json")
     flag("--resume", nargs="?", const=True, metavar="PATH", shown="a new run",
@@ -1185,6 +1410,10 @@ def parser():
          help="print the results of these finished runs as one Markdown table instead of training")
     flag("--evaluate", metavar="CKPT", shown="train",
          help="measure this checkpoint instead of training")
+    flag("--bench", nargs="?", type=int, const=3, metavar="N", shown="train; 3 if given alone",
+         help="time N runs of each kind of work instead of training, on random images")
+    flag("--lengths", type=counts, metavar="L,L", shown="that of the data set",
+         help="--bench: tokens of an image")
     return p, defaults
 
 
@@ -1198,6 +1427,8 @@ def settings(argv):
     states = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
     c.d_state = given.get("d_state", states)
     c.eps_warmup = c.eps_warmup or 0.0
+    if c.bench is not None:
+        c.batch_size = given.get("batch_size", 16)
     path, flag, state, free = c.resume, "--resume", None, FREE
     if c.evaluate:
         path, flag, free = c.evaluate, "--evaluate", FREE + EVALUATION
@@ -1206,7 +1437,8 @@ def settings(argv):
             raise UserError(f"{flag} {path}: there is no such file or folder")
         c.out = given.get("out", path if Path(path).is_dir() else str(Path(path).parent))
     c.out = c.out or "runs/" + "-".join(filter(None, (
-        c.dataset, c.model, c.ads and f"ads_{c.ads}", c.control, c.method, f"seed{c.seed}")))
+        c.bench and "bench", c.dataset, c.model, c.ads and f"ads_{c.ads}", c.control, c.method,
+        f"seed{c.seed}")))
     if path:
         file = isinstance(path, str) and Path(path).is_file()
         state = read_checkpoint(Path(path), flag) if file else find_checkpoint(Path(c.out))
@@ -1247,7 +1479,7 @@ def check(c):
         if not 0 <= getattr(c, name) <= 1:
             refuse(name, "it must lie in [0, 1], pixel units; 8/255, not 8")
     for name in ("d_model", "d_state", "d_hidden", "n_layers", "patch_size", "batch_size", "epochs",
-                 "classes", "eval_every", "replays", "train_size", "test_size"):
+                 "classes", "eval_every", "replays", "train_size", "test_size", "bench"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
             refuse(name, "it must be at least 1")
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
@@ -1273,6 +1505,18 @@ def check(c):
         torch.zeros(1, device=c.device)
     except Exception:                                                     # each backend has its own
         refuse("device", "there is no such device here; leave it out, or give cpu")
+    kind = torch.device(c.device).type
+    ampere = kind == "cuda" and torch.cuda.get_device_capability(c.device) >= (8, 0)
+    if c.precision in ("bf16", "tf32") and not (ampere or (c.precision, kind) == ("bf16", "cpu")):
+        refuse("precision", f"{c.device} has none; use a GPU of compute capability 8.0 or above, "
+               "or leave it out" + " (bf16 runs on a CPU, too)" * (kind == "cpu"))
+    if c.bench is None:
+        return c
+    if min(c.lengths or [1]) < 1:
+        refuse("lengths", "each must be at least 1")
+    if kind not in ("cpu", "cuda") or world() > 1 or c.evaluate or c.resume:
+        refuse("bench", "it runs on cpu or cuda, in one process, and on a new model; leave out "
+               "torchrun, --evaluate, --resume and another --device")
     return c
 
 
@@ -1303,13 +1547,17 @@ def main(argv=None):
             dist.init_process_group("nccl" if gpu else "gloo")
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cudnn.allow_tf32 = False                       # convolutions in full float32
+        torch.backends.cudnn.allow_tf32 = False                       # products in full float32
+        torch.backends.cuda.matmul.allow_tf32 = False
         if (asked := parser()[0].parse_args(argv)) and "table" in asked:
             table([str(Path(folder)) for folder in asked.table])
             return 0
         c, state = settings(argv)
         if c.evaluate:
             evaluate_checkpoint(c, state)
+            return 0
+        if c.bench:
+            bench(c)
             return 0
         data = load_data(c)                                             # before anything is written
         held = lock(Path(c.out)) if rank() == 0 else None
