@@ -43,6 +43,13 @@ MIDDLES = [{}, *({"ads": a} for a in ads.ACTIVATIONS), *({"control": c} for c in
 EPS, ALPHA, STEPS = 0.1, 0.03, 8                                        # ALPHA * STEPS > 2 * EPS
 
 
+# Data are drawn and read once, and few images choose Best: that is where a tiny run's time went.
+train.drawn_digits = functools.cache(train.drawn_digits)
+train.torchvision_data = functools.cache(train.torchvision_data)
+train.HELD_OUT = 50
+torch.set_num_threads(1)                # as in the processes that tests start: bits depend on it
+
+
 def each(*values):
     """A fixture: a test that takes it runs once for each value."""
     return pytest.fixture(params=values, ids=lambda v: getattr(v, "__name__", str(v)))(
@@ -971,7 +978,9 @@ def weights(out, name="last.pt"):
     return torch.load(Path(out) / name, weights_only=True)["model"]
 
 
-def test_the_last_1000_training_images_are_held_out_and_sizes_take_the_first():
+def test_the_last_1000_training_images_are_held_out_and_sizes_take_the_first(monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", int(re.search(r"^HELD_OUT = (\d+)", inspect.getsource(
+        train), re.M)[1]))
     whole = train.load_data(
         settings("--dataset", "synthetic", "--out", "x", "--train-size", "10000")
     )
@@ -1328,7 +1337,7 @@ import functools, os, random, signal, sys, time, train
 
 kills, words = int(sys.argv[1]), sys.argv[2:]
 chance = random.Random(0)
-train.drawn_digits = functools.cache(train.drawn_digits)
+train.HELD_OUT, train.drawn_digits = 50, functools.cache(train.drawn_digits)
 train.drawn_digits(11_000, 0), train.drawn_digits(2_000, 1)             # once, for all children
 for n in range(10 * kills):
     after = chance.uniform(0.05, 0.8) if n % 2 else None
@@ -1401,7 +1410,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(method, tmp_p
 
 
 @pytest.mark.parametrize("signum", ("SIGINT", "SIGTERM"))
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(signum, tmp_path):
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(signum, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 1000)                    # this process is a user's own
     words = [*TINY, "--dataset", "synthetic", "--device", "cpu", "--train-size", "320",
              "--epochs", "2", "--save-every", "60"]
     process = alone(HERE / "train.py", *words, "--out", tmp_path / "cut")
@@ -1420,7 +1430,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(signum, tmp_path):
 def test_a_full_disk_stops_the_run_and_damages_nothing(tmp_path):
     words = [*TINY, "--dataset", "synthetic", "--device", "cpu", "--epochs", "2"]
     full = ("import resource, train\n"              # a file may not grow past 4 kB from epoch 2 on
-            "end_epoch = train.end_epoch\n"
+            "train.HELD_OUT, end_epoch = 50, train.end_epoch\n"
             "def fills(run, data):\n"
             "    if run.epoch == 1:\n"
             "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -1906,7 +1916,7 @@ def test_two_processes_give_the_run_of_one_also_if_one_of_them_is_late(method, t
     assert trains(tmp_path / "one", *words) == 0
     (tmp_path / "late.py").write_text(
         "import os, sys, time, train\n"
-        "settings = train.settings\n"
+        "train.HELD_OUT, settings = 50, train.settings\n"
         "def late(argv):\n"                 # the first process is past its checks long before
         "    time.sleep(3 * int(os.environ['RANK']))\n"
         "    return settings(argv)\n"
@@ -1925,7 +1935,7 @@ def test_a_signal_to_one_of_two_processes_saves_and_stops_both_and_one_alone_goe
     assert trains(tmp_path / "one", *words) == 0
     (tmp_path / "signalled.py").write_text(
         "import os, signal, sys, train\n"
-        "train_batch = train.train_batch\n"
+        "train.HELD_OUT, train_batch = 50, train.train_batch\n"
         "def batch(run, *rest):\n"
         "    if os.environ['RANK'] == '1' and (run.epoch, run.batch) == (1, 1):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -2020,6 +2030,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_is_written(
     words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "HELD_OUT", 1000)
     monkeypatch.setattr(train, "download", refused) if "EMPTY" in words else None
     for folder in (
         "EMPTY",

@@ -65,6 +65,7 @@ PRESETS = {
 }
 # The scripts' kernels, kept in one place: `frozen` is s4_adv's here, whatever the model.
 attention_adv.MEMO = mamba_adv.MEMO = s4_adv.MEMO
+HELD_OUT = 1000                                 # training images that choose Best, not trained on
 STATES = {"mamba": 16, "attention": 16}                              # d_state whatever the data set
 # What may change on --resume, and what else on --evaluate.
 FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
@@ -82,7 +83,7 @@ class UserError(Exception):
 def load_data(c):
     """{"train", "val", "test": (images uint8 (n, C, h, w), labels (n,))}, on c.device.
 
-    val is the last 1,000 training images, train the first c.train_size of the others, test the
+    val is the last HELD_OUT training images, train the first c.train_size of the others, test the
     first c.test_size test images.  UserError where data are missing or fewer than asked for.
     """
     first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
@@ -97,7 +98,7 @@ def load_data(c):
         x, y, x_test, y_test = torchvision_data(c.dataset, c.data_dir)
     if first and dist.is_initialized():
         dist.barrier()
-    sets = {"train": (x[:-1000], y[:-1000]), "val": (x[-1000:], y[-1000:]),
+    sets = {"train": (x[:-HELD_OUT], y[:-HELD_OUT]), "val": (x[-HELD_OUT:], y[-HELD_OUT:]),
             "test": (x_test, y_test)}
     for name, size in (("train", c.train_size), ("test", c.test_size)):
         n = len(sets[name][0])
@@ -924,7 +925,7 @@ def finish(run, data):
             f"{100 * table[name][s]:10.2f}" for s in c.attacks))
     diff = {s: table["Best"][s] - table["Last"][s] for s in c.attacks}
     say("  Diff".ljust(30) + "".join(f"{100 * diff[s]:10.2f}" for s in c.attacks))
-    chosen = ("1,000 held-out training images" if c.select == "val"
+    chosen = (f"{HELD_OUT:,} held-out training images" if c.select == "val"
               else f"the {n:,} test images (--select test)")
     say(f"Best is chosen by PGD-10 on {chosen}; {n_train:,} training images, {c.method}, "
         f"seed {c.seed}")
