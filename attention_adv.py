@@ -157,7 +157,8 @@ class Mega(nn.Module):
         update, z, reset, here = self.gates(F.silu(self.ema(u))).split(self.sizes, -1)
         mixed = self.attention(F.silu(z)) @ values                          # (B, L, V)
         new = F.silu(here + self.out(self.middle(mixed * F.silu(reset))))   # (B, L, H)
-        return torch.lerp(u, new, torch.sigmoid(update))                    # u + update (new - u)
+        update = torch.sigmoid(update).to(u.dtype)                          # autocast: bf16
+        return torch.lerp(u, new.to(u.dtype), update)                       # u + update (new - u)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,6 +81,12 @@ class SelectiveScan(torch.autograd.Function):
         return list(zip(*inputs)), [A.new_empty(T + 1, b, N, d) for _ in range(3)]
 
     @staticmethod
+    def sum_n(v, x):
+        """sum_n v_n x_n: (T, b, N), (T, b, N, d) -> (T, b, d). Autocast would cut its bits."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (v[:, :, None] @ x).squeeze(2)
+
+    @staticmethod
     def states(h, dt, w, A, B, a, hs):
         """Fills a_t (T, b, N, d) and the states before and after, hs (T + 1, b, N, d), from h."""
         a, hs = a[:len(dt)], hs[:len(dt) + 1]
@@ -99,7 +105,7 @@ class SelectiveScan(torch.autograd.Function):
         for dt_c, w_c, B_c, C_c in chunks:
             borders.append(h)
             hs_c = SelectiveScan.states(h, dt_c, w_c, A_t, B_c, a, hs)[1]
-            ys.append((C_c[:, :, None] @ hs_c[1:]).squeeze(2))              # (T, b, d)
+            ys.append(SelectiveScan.sum_n(C_c, hs_c[1:]))                   # (T, b, d)
             h = hs_c[-1].clone()
         ctx.save_for_backward(u, dt, A, B, C, D, *borders)
         return torch.cat(ys).transpose(0, 1).contiguous().addcmul_(D, u)
@@ -120,7 +126,7 @@ class SelectiveScan(torch.autograd.Function):
             for t in range(len(e) - 2, -1, -1):
                 e[t].addcmul_(a_t[t + 1], e[t + 1])
             carry = a_t[0] * e[0]
-            dw = (B_c[:, :, None] @ e_c).squeeze(2)                         # (T, b, d)
+            dw = SelectiveScan.sum_n(B_c, e_c)                              # (T, b, d)
             q = torch.mul(a_c, hs_c[:-1], out=hs_c[:-1]).mul_(e_c)          # (T, b, N, d)
             dB = e_c.mul_(w_c[:, :, None]).sum(-1)                          # (T, b, N)
             if need[2]:

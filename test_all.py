@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -2106,3 +2107,212 @@ def test_every_command_of_the_readme_parses():
     for command in commands:
         words = command.split("#")[0].split("train.py", 1)[1].split()
         train.parser()[0].parse_args(words)  # UserError: a flag that is not
+
+
+# ---- train.py: speed -----------------------------------------------------------------------------
+
+def bench_settings(name="s4", *words):
+    return settings("--bench", "1", "--model", name, *TINY, "--dataset", "synthetic", *words)
+
+
+def trace(name):
+    """Losses, images and weights of three replays of FreeAT with an attack after each."""
+    torch.manual_seed(0)
+    model, x, y = tiny_model(name), torch.rand(3, 1, 4, 4).double(), torch.tensor([1, 2, 3])
+    optimizer, noise, seen = torch.optim.SGD(model.parameters(), lr=0.5), torch.zeros_like(x), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        seen.append(train.free_backward(model, x, y, noise, EPS))
+        optimizer.step()
+        with train.frozen(model), torch.no_grad():
+            seen += [train.pgd(model, x, y, EPS, ALPHA, 2), model(x), noise.clone()]
+    return [*seen, *(w.detach() for w in model.parameters())]
+
+
+def test_the_plain_form_of_the_benchmark_computes_the_same_numbers(name):
+    for fast, slow in zip(trace(name), train.plainly()(trace)(name)):
+        close(fast, slow)
+    model, x, results = tiny_model(name), randn(3, 1, 4, 4).requires_grad_(), []
+    for form in train.FORMS.values():
+        with form():
+            y = model(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
+    for fast, slow in zip(*results):
+        close(fast, slow)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_outlives_a_replay_of_free_at_and_a_stale_one_would_be_seen(name, monkeypatch):
+    right, kept, script = trace(name), {}, MODELS[name]
+
+    def stale(module, key, make):
+        if module not in script.MEMO or next(module.parameters()).requires_grad:
+            return make()
+        return kept.setdefault((module, key), make())
+    monkeypatch.setattr(script, "once", stale)
+    assert any(not torch.allclose(a, b) for a, b in zip(trace(name), right))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_train_py_too_computes_each_kernel_once_in_an_attack(name, monkeypatch):
+    owner, method = KERNELS[name]
+    original, calls = getattr(owner, method), []
+    monkeypatch.setattr(owner, method, lambda *args: calls.append(1) or original(*args))
+    jobs = train.bench_jobs(bench_settings(name, "--steps", "3"))
+    for job, fast, plain in (("forward", 1, 1), ("attack step", 1, 1), ("pgd-3 AT step", 2, 4),
+                             ("TRADES-3 step", 3, 6), ("evaluation", 1, 1 + 1 + 10 + 1)):
+        for form, expected in (("fast", fast), ("plain", plain)):
+            calls.clear()
+            with train.FORMS[form]():
+                jobs[job]()
+            assert len(calls) == expected, (job, form)              # one layer
+
+
+def test_bench_times_every_work_in_both_forms_at_every_length_into_a_table_and_a_csv(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "growth_apart", lambda c, name, form: (
+        None if (name, form) == ("evaluation", "plain") else 2 ** 21))
+    assert trains(tmp_path, "--bench", "2", *TINY, "--lengths", "3,8", "--ads") == 0
+    lines = (tmp_path / "bench.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+    works = ["forward", "attack step", "pgd-2 AT step", "TRADES-2 step", "evaluation"]
+    expected = [(L, w, f) for L in "38" for w in works for f in ("fast", "plain")]
+    assert [(r["L"], r["work"], r["form"]) for r in rows] == [
+        e for e in expected if e[1:] != ("evaluation", "plain")]
+    for r in rows:
+        assert float(r["peak_mb"]) == 2 and 0 < float(r["kernel_share"]) < 1
+        close(float(r["images_per_second"]) * float(r["seconds"]), 16.0)
+        close(float(r["us_per_token"]) * 16 * int(r["L"]), 1e6 * float(r["seconds"]), 1e-6)
+        assert r["form"] == "plain" or float(r["times_fast"]) == 1
+    text = capsys.readouterr().out
+    assert text.count("evaluation       plain  did not fit into memory") == 2
+    assert text.count("\n") == 4 + len(expected) and "micro-batch all" in text
+
+
+def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
+    c, job = bench_settings("mamba", "--batch-size", "4", "--patch-size", "1"), "attack step"
+    c.d_model, c.d_state, c.shape = 32, 32, (1, 1, 256)
+    fast, plain = (train.growth_apart(c, job, form) for form in train.FORMS)
+    states = 4 * 256 * 64 * 32 * 4                                      # bytes; autograd keeps some
+    assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
+
+
+def test_a_job_that_memory_does_not_suffice_for_has_no_peak_and_a_bug_is_no_lack_of_it(monkeypatch):
+    def raises(error):
+        monkeypatch.setattr(train, "growth", lambda c, name, form: (_ for _ in ()).throw(error))
+        return train.growth_apart(None, "forward", "fast")
+    monkeypatch.setattr(train, "ProcessPoolExecutor", ThreadPoolExecutor)
+    for error in (BrokenExecutor("terminated"), torch.cuda.OutOfMemoryError("CUDA out of memory"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        assert raises(error) is None
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        raises(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("method", ("standard", "pgd", "trades"))
+def test_micro_batches_make_the_gradient_of_the_batch(method):
+    c, x, y = bench_settings(), torch.rand(5, 1, 4, 4).double(), torch.arange(5)
+    model, seen = tiny_model("s4"), []
+    for c.micro_batch in (2, None):
+        model.zero_grad()
+        loss = train.loss_backward(c, method, model, x, y, 0.0, 0.0)
+        seen.append([loss] + [w.grad.clone() for w in model.parameters()])
+    for part, whole in zip(*seen):
+        close(part, whole)
+
+
+# ---- train.py: precision -------------------------------------------------------------------------
+
+def as_on_a_gpu(model):
+    """There autocast makes LayerNorm and softmax return float32."""
+    for m in model.modules():
+        if isinstance(m, nn.LayerNorm):
+            m.register_forward_hook(lambda module, args, out: out.float())
+    return model
+
+
+@pytest.mark.parametrize("options", ({}, {"ads": "relu"}, {"control": "glu"}), ids=str)
+@pytest.mark.parametrize("like", (lambda model: model, as_on_a_gpu), ids=("cpu", "gpu"))
+def test_in_bf16_weights_and_gradients_stay_float32_and_finite(name, options, like):
+    c = bench_settings(name, "--precision", "bf16")
+    model = like(tiny(name, **options).float())
+    x, y = images()
+    x, noise, types = x.float(), torch.zeros(x.shape), set()
+    model.head.register_forward_hook(lambda module, args, out: types.add(out.dtype))
+    for method in train.METHODS:
+        model.zero_grad()
+        with train.reduced(c):
+            if method == "free":
+                train.free_backward(model, x, y, noise, EPS)
+            elif method == "yopo":
+                train.yopo_backward(model, x, y, EPS, ALPHA, 2, 2)
+            else:
+                train.loss_backward(c, method, model, x, y, EPS, ALPHA)
+        for w in model.parameters():
+            assert w.dtype == w.grad.dtype == torch.float32 and w.grad.isfinite().all()
+    assert types == {torch.bfloat16}
+
+
+def test_in_bf16_kernels_and_the_selective_scan_keep_every_bit(name, monkeypatch):
+    c, script, made, scanned = bench_settings(name, "--precision", "bf16"), MODELS[name], [], []
+    model, (x, y) = tiny(name).float(), images()
+    x, once, scan = x.float(), script.once, mamba_adv.selective_scan
+    monkeypatch.setattr(script, "once", lambda m, k, make: made.append((m, k, make)) or once(
+        m, k, make))
+    monkeypatch.setattr(mamba_adv, "selective_scan", lambda *args: scanned.append(args) or scan(
+        *args))
+    with train.reduced(c):
+        train.loss_backward(c, "pgd", model, x, y, EPS, ALPHA)
+        kept = [once(*args) for args in made]
+    for value, (_, _, make) in zip(kept, made):
+        for a, b in zip(*([v] if torch.is_tensor(v) else v for v in (value, make()))):
+            assert torch.equal(a, b)
+    for args in scanned:
+        args = [v.detach().float().requires_grad_() for v in args]
+        expected, results = scan(*args), []
+        g = torch.randn_like(expected)
+        with train.reduced(c):                                          # its backward, too
+            results.append((scan(*args), *torch.autograd.grad(scan(*args), args, g)))
+        for a, b in zip(results[0], (expected, *torch.autograd.grad(expected, args, g))):
+            assert a.dtype == torch.float32 and torch.equal(a, b)
+    assert made or scanned
+
+
+def test_whatever_trained_a_model_evaluation_is_float32_without_tf32(tmp_path, monkeypatch, capsys):
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    seen, real, rows = [], train.hits, {}
+
+    def spy(model, x, y):
+        seen.append((torch.is_autocast_enabled("cpu"), *(f.allow_tf32 for f in flags),
+                     model(x).dtype))
+        return real(model, x, y)
+    monkeypatch.setattr(train, "hits", spy)
+    out = tmp_path / "run"
+    assert trains(out, *TINY, "--precision", "bf16") == 0
+    assert {v.dtype for v in weights(out).values()} == {torch.float32}
+    for precision in ("bf16", "fp32"):
+        assert train.main(["--evaluate", str(out / "last.pt"), "--precision", precision]) == 0
+        rows[precision] = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert set(seen) == {(False, False, False, torch.float32)} and rows["bf16"] == rows["fp32"]
+    c = bench_settings()
+    c.precision = "tf32"
+    with pytest.raises(ZeroDivisionError), train.reduced(c):
+        assert all(f.allow_tf32 for f in flags)
+        raise ZeroDivisionError
+    assert not any(f.allow_tf32 for f in flags)
+
+
+@pytest.mark.parametrize("words, message", {
+    "--precision tf32": "--precision tf32: cpu has none; use a GPU of compute capability 8.0",
+    "--precision fp8": "invalid choice: 'fp8'",
+    "--bench 0": "--bench 0: it must be at least 1",
+    "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 64,256,1024",
+    "--bench --lengths 0": "--lengths [0]: each must be at least 1",
+    "--bench --resume": "it runs on cpu or cuda, in one process, and on a new model",
+    "--micro-batch 2 --method free": "--micro-batch 2: --method free takes a batch at once",
+}.items(), ids=lambda v: v if v.startswith("--") else "")
+def test_speed_flags_refuse_in_one_sentence_and_write_nothing(words, message, tmp_path, capsys):
+    assert trains(tmp_path / "run", *words.split(), "--dataset", "synthetic") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []

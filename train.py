@@ -732,9 +732,7 @@ def train_batch(run, x, y, n):
             return free_backward(run.model, x, y, noise, eps)
         if c.method == "yopo":
             return yopo_backward(run.model, x, y, eps, alpha, *c.yopo)
-        loss = loss_of(c.method, run.model, x, y, eps, alpha, c.steps, c.beta)
-        loss.backward()
-        return loss.detach()
+        return loss_backward(c, c.method, run.model, x, y, eps, alpha)
     if c.method != "free":
         return descend(run, backward, x, n)
     noise = run.noise[rank()::world()][:len(x)]                          # a view: replays change it
@@ -1109,6 +1107,16 @@ def reduced(c):
             part.allow_tf32 = allowed
 
 
+def loss_backward(c, method, model, x, y, eps, alpha):
+    """loss_of and its gradient, --micro-batch images at a time: memory for these, the same mean."""
+    total, n = 0.0, c.micro_batch or len(x)
+    for x_m, y_m in zip(x.split(n), y.split(n)):
+        loss = loss_of(method, model, x_m, y_m, eps, alpha, c.steps, c.beta) * (len(x_m) / len(x))
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
 def plain_convolution(u, K_hat):
     """s4_adv.Convolution, left to autograd."""
     L = u.shape[1]
@@ -1170,7 +1178,7 @@ def bench_jobs(c):
     @reduced(c)
     def step(method):
         optimizer.zero_grad()
-        loss_of(method, model, x, y, c.eps, c.alpha, c.steps, c.beta).backward()
+        loss_backward(c, method, model, x, y, c.eps, c.alpha)
         optimizer.step()
 
     return {"forward": forward, "attack step": attack,
@@ -1275,10 +1283,11 @@ def bench(c):
     """--bench: what each kind of work costs, fast and plain (see plainly); table and bench.csv."""
     held, rows = lock(Path(c.out)), []
     say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
-        f"batch {c.batch_size}, {c.precision}, {machine(c)['device']}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}; medians of {c.bench} interleaved runs. Spread (max - "
-        "min) and times fast:\nof CPU seconds, on a GPU of seconds. Peak MB: growth of memory in "
-        "a process of its own. Kernel: its share of the time, forward only.\n"
+        f"batch {c.batch_size}, micro-batch {c.micro_batch or 'all'}, {c.precision}, "
+        f"{machine(c)['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"Medians of {c.bench} interleaved runs. Spread (max - min) and times fast: of CPU seconds "
+        "(GPU: of seconds).\nPeak MB: growth of memory in a process of its own. Kernel: its share "
+        "of the time, without its gradient.\n"
         "    L  work             form   seconds    CPU s  spread  images/s  us/token   peak MB  "
         "kernel  times fast")
     for L in c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]:
@@ -1287,6 +1296,8 @@ def bench(c):
                 "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
                 "{times_fast:11.2f}".format(**row))
             rows.append(dict(model=c.model, ads=c.ads, batch=c.batch_size, **row))
+    if not rows:
+        raise UserError(f"--batch-size {c.batch_size}: nothing fits into memory; give fewer")
     write_csv(Path(c.out) / "bench.csv", rows)
     held.close()
 
@@ -1380,6 +1391,8 @@ def parser():
          shown="1; tiny-imagenet, synthetic 4")
     flag("--batch-size", type=int, metavar="B", shown="by data set; --bench 16",
          help="images of a step, over all processes")
+    flag("--micro-batch", type=int, metavar="M", shown="all",
+         help="images of a batch at a time: less memory, the same step; not for free and yopo")
     flag("--epochs", type=int, help="passes over the training images", shown=by)
     flag("--lr", type=float, help="AdamW's learning rate, cosine to 0", shown=by)
     flag("--weight-decay", type=float, help="AdamW's, on Linear and Conv weights only", shown=by)
@@ -1480,7 +1493,8 @@ def check(c):
         if not 0 <= getattr(c, name) <= 1:
             refuse(name, "it must lie in [0, 1], pixel units; 8/255, not 8")
     for name in ("d_model", "d_state", "d_hidden", "n_layers", "patch_size", "batch_size", "epochs",
-                 "classes", "eval_every", "replays", "train_size", "test_size", "bench"):
+                 "classes", "eval_every", "replays", "train_size", "test_size", "bench",
+                 "micro_batch"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
             refuse(name, "it must be at least 1")
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
@@ -1506,6 +1520,8 @@ def check(c):
         torch.zeros(1, device=c.device)
     except Exception:                                                     # each backend has its own
         refuse("device", "there is no such device here; leave it out, or give cpu")
+    if c.micro_batch and c.method in ("free", "yopo"):
+        refuse("micro_batch", f"--method {c.method} takes a batch at once; leave it out")
     kind = torch.device(c.device).type
     ampere = kind == "cuda" and torch.cuda.get_device_capability(c.device) >= (8, 0)
     if c.precision in ("bf16", "tf32") and not (ampere or (c.precision, kind) == ("bf16", "cpu")):
