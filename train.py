@@ -935,7 +935,7 @@ def finish(run, data):
              "config": vars(c), **machine(c)}, indent=1))
 
 
-def table(folders):
+def results_table(folders):
     """--table: finished runs as Markdown, a line for each model: mean +- spread over its seeds.
 
     Accuracies in per cent, each as clean / PGD-10 / ...; spread is the sample standard deviation.
@@ -1567,7 +1567,7 @@ def main(argv=None):
         torch.backends.cudnn.allow_tf32 = False                       # products in full float32
         torch.backends.cuda.matmul.allow_tf32 = False
         if (asked := parser()[0].parse_args(argv)) and "table" in asked:
-            table([str(Path(folder)) for folder in asked.table])
+            results_table([str(Path(folder)) for folder in asked.table])
             return 0
         c, state = settings(argv)
         if c.evaluate:
