@@ -1249,7 +1249,7 @@ CHECKS = {
         t, lambda slack, white, black: black >= white - slack,
         ["pgd-50x5"], ["square, 500 queries"]),
     "smaller logits change nothing": lambda t: compare(                     # saturation hides
-        t, lambda slack, is_, *would: is_ <= min(would) + slack,
+        t, lambda slack, left, *would: left <= min(would) + slack,
         *(["pgd-10", None, k] for k in (1, 0.1, 0.01))),
     "noise weaker than pgd-10": lambda t: compare(
         t, lambda slack, noise, pgd_10: pgd_10 < noise or noise == 0,
@@ -1274,7 +1274,8 @@ def checks(model, images, labels, c):
                 passed, numbers = False, {"error": str(e)}
             found.append({"name": name, "passed": passed, "numbers": numbers})
             say(f"{'pass' if passed else 'FAIL'}  {name:36}  " + "; ".join(
-                f"{k}: {v:.3g}" if isinstance(v, float) else v for k, v in numbers.items()))
+                f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}"
+                for k, v in numbers.items()))
     return found
 
 
@@ -1321,7 +1322,7 @@ def draw_sweep(stem, what, rows):
         draw_lines(axes[0, 0], lines, 105 * max(r["high"] for r in rows))
         axes[0, 0].set(xlabel=what, ylabel=f"accuracy, %  (n = {rows[0]['n']:,})")
     try:
-        draw(stem.with_name(f"{stem.name}-{what}-sweep.png"), fill)
+        draw(stem.with_name(f"{stem.name}-{what}-sweep.png"), fill) if rank() == 0 else None
     except UserError as e:
         say(f"no figure: {e}")
 
@@ -1333,30 +1334,32 @@ def plot_runs(runs, path):
     """
     logs, sets = [], {"train": "train", "val": "held-out", "test": "test"}
     for run in runs:
-        try:
-            logs.append(list(csv.DictReader((Path(run) / "log.csv").read_text().splitlines())))
-        except OSError as e:
-            raise UserError(f"--plot {run}: no log.csv there ({e.strerror}); give folders "
-                            "of runs that have finished an epoch") from None
+        file = Path(run) / "log.csv"
+        rows = csv.DictReader(file.read_text().splitlines() if file.is_file() else ())
+        keys = [k for k in rows.fieldnames or () if k.endswith(("_clean", "_pgd-10"))]
+        logs.append((keys, [r for r in rows if keys and r[keys[-1]]]))
+        if not logs[-1][1]:
+            raise UserError(f"--plot {run}: there is no log.csv with a measured epoch; give "
+                            "folders of runs that have come so far")
 
     def fill(axes):
         for ax in axes.flat[len(runs):]:
             ax.axis("off")
-        for ax, run, rows in zip(axes.flat, runs, logs):
-            lines = {}
-            for key in [k for k in rows[0] if k.endswith(("_clean", "_pgd-10"))]:
+        for ax, run, (keys, rows) in zip(axes.flat, runs, logs):
+            lines, epochs = {}, [int(r["epoch"]) for r in rows]
+            for key in keys:
                 name, attack = key.split("_")
-                seen = [(int(r["epoch"]), 100 * float(r[key])) for r in rows if r[key]]
-                lines[f"{sets[name]}, {attack}"] = (*zip(*seen), None, (
-                    "o" if attack == "clean" else "s") + ("--" if name == "train" else "-"))
-            best, label = max(seen, key=lambda point: point[1]), f"{sets[name]}, {attack}"
+                style = ("o" if attack == "clean" else "s") + ("--" if name == "train" else "-")
+                y = [100 * float(r[key]) for r in rows]
+                lines[f"{sets[name]}, {attack}"] = epochs, y, None, style
             draw_lines(ax, lines, top)
-            ax.axvline(best[0], color="0.6", lw=0.8)    # the last column is what chose Best
-            ax.set_title(f"{Path(run).resolve().name}\n{label}: Best {best[1]:.1f} (epoch "
-                         f"{best[0]}), Last {seen[-1][1]:.1f}", size=9)
+            clean = lines[f"{sets[name]}, clean"][1]                    # y: PGD-10 of the chooser
+            best = max(range(len(y)), key=lambda i: (y[i], clean[i]))
+            ax.axvline(epochs[best], color="0.6", lw=0.8)
+            ax.set_title(f"{Path(run).resolve().name}\n{sets[name]}, {attack}: Best "
+                         f"{y[best]:.1f} (epoch {epochs[best]}), Last {y[-1]:.1f}", size=9)
             ax.set(xlabel="epoch", ylabel="accuracy, %")
-    top = 108 * max(float(v or 0) for rows in logs for r in rows for k, v in r.items()
-                    if k.endswith(("_clean", "_pgd-10")))
+    top = 108 * max(float(r[k]) for keys, rows in logs for r in rows for k in keys)
     columns = 2 if len(runs) == 4 else min(len(runs), 3)
     draw(Path(path), fill, -(-len(runs) // columns), columns)
 
@@ -1592,8 +1595,9 @@ def check(c):
             raise UserError(f"--{job.replace('_', '-')} measures a checkpoint; add --evaluate CKPT")
     if any(not 0 <= v <= 1 for v in c.eps_sweep or ()):
         refuse("eps_sweep", "radii must lie in [0, 1], pixel units; 8/255, not 8")
-    if c.checks and not c.eps:
-        refuse("eps", "--checks need a radius above 0")
+    if c.checks and (not c.eps or c.classes < 4):
+        raise UserError(f"--checks need an eps above 0 and 4 classes; here are eps {show(c.eps)} "
+                        f"and {c.classes} classes")
     if not 0 < c.lr < math.inf:
         refuse("lr", "it must be a number above 0")
     if min(c.yopo) < 1:
