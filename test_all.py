@@ -153,6 +153,7 @@ def test_a_file_has_its_licence_lines_of_100_columns_and_few_imports(file):
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     own = ["ads"] if file.endswith("_adv.py") else [name[:-3] for name in FILES]
     extra = ["pytest"] if file == "test_all.py" else []
+    extra += ["matplotlib"] if file == "train.py" else []               # where there is one
     allowed = {*own, *extra, "torch", "torchvision", "numpy", *sys.stdlib_module_names}
     assert {module.split(".")[0] for module in names} <= allowed
 
@@ -1007,7 +1008,7 @@ def test_real_images_are_whole_upright_and_in_the_published_mean(dataset, folder
     if DATA is None or not (DATA / folder).exists():
         pytest.skip(f"no {folder} in SSM_ADV_DATA, ../shared/data or ./data")
     data = train.load_data(settings("--dataset", dataset, "--data-dir", str(DATA), "--out", "x"))
-    n = {"mnist": 59_000, "cifar10": 49_000}[dataset]
+    n = {"mnist": 60_000, "cifar10": 50_000}[dataset] - train.HELD_OUT
     assert data["train"][0].shape == (n, *shape) and data["test"][0].shape == (10_000, *shape)
     x = torch.cat([data["train"][0], data["val"][0]])
     assert x.dtype == torch.uint8 and abs(float(x.float().mean()) / 255 - mean) < 1e-3
@@ -1827,8 +1828,8 @@ def test_evaluate_prints_a_line_for_each_stage_of_autoattack(tmp_path, capsys, m
     assert train.main([*tiny.split(), "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     best = tmp_path / "run" / "best.pt"
-    assert train.main(["--evaluate", str(best), "--attacks", "clean,aa", "--device", "cpu"]) == 0
-    names = [line[:16].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert evaluates(best, "--attacks", "clean,aa") == 0
+    names = [line[:16].strip() for line in capsys.readouterr().out.splitlines()[3:]]
     assert names == ["clean", "aa: apgd-ce", "aa: apgd-t", "aa: fab-t", "aa: square", "aa"]
     table = (tmp_path / "run" / "best-evaluation.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in table[1:]] == names
@@ -2023,6 +2024,13 @@ BAD = {
     "--resume FILE": "this is damaged, or no checkpoint of this program",
     "--evaluate FILE": "this is damaged, or no checkpoint of this program",
     "--colour blue": "unrecognized arguments: --colour blue",
+    "--checks": "--checks measures a checkpoint; add --evaluate CKPT",
+    "--eps-sweep 0,8/255": "--eps-sweep measures a checkpoint; add --evaluate CKPT",
+    "--eps-sweep 0,x": "x is no number; write it as 8/255 or 0.031",
+    "--steps-sweep 1,-5": "1,-5 is no list of whole numbers; write it as 1,5,10",
+    "--attacks pgd-official": "--attacks pgd-official: it stands for comparison only",
+    "--plot EMPTY": "--plot EMPTY: there is no log.csv with a measured epoch",
+    "--plot EMPTY --model s5": "--model has no place beside --plot",
 }
 
 
@@ -2307,7 +2315,7 @@ def test_whatever_trained_a_model_evaluation_is_float32_without_tf32(tmp_path, m
     "--precision tf32": "--precision tf32: cpu has none; use a GPU of compute capability 8.0",
     "--precision fp8": "invalid choice: 'fp8'",
     "--bench 0": "--bench 0: it must be at least 1",
-    "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 64,256,1024",
+    "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 1,5,10",
     "--bench --lengths 0": "--lengths [0]: each must be at least 1",
     "--bench --resume": "it runs on cpu or cuda, in one process, and on a new model",
     "--micro-batch 2 --method free": "--micro-batch 2: --method free takes a batch at once",
@@ -2316,3 +2324,345 @@ def test_speed_flags_refuse_in_one_sentence_and_write_nothing(words, message, tm
     assert trains(tmp_path / "run", *words.split(), "--dataset", "synthetic") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+# ---- train.py: evidence --------------------------------------------------------------------------
+
+TINY_7 = [*TINY, "--patch-size", "7", "--batch-size", "8", "--attacks", "clean"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """best.pt of two tiny runs of two models, trained once."""
+    out = tmp_path_factory.mktemp("evidence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "say", lambda *words, **kw: None)
+        for name in ("s4", "mamba"):
+            assert trains(out / name, *TINY_7, "--model", name, "--eval-train", "16") == 0
+    return out / "s4" / "best.pt", out / "mamba" / "best.pt"
+
+
+def evaluates(checkpoint, *words, size="20"):
+    return train.main(["--evaluate", str(checkpoint), "--device", "cpu", "--test-size", size,
+                       *words])
+
+
+def report(checkpoint, name="evaluation"):
+    return json.loads(checkpoint.with_name(f"{checkpoint.stem}-{name}.json").read_text())
+
+
+def plain(report):
+    """Without what no two evaluations share."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in report["rows"]]
+
+
+# --- the published attack -----------------------------------------------------------------------
+
+def test_the_published_attack_by_hand_its_black_pixels_stay_and_its_gradients_leave_the_ball():
+    x, up = randn(2, 1, 1, 1, 4)
+    x[:], up[:] = torch.tensor([0, 1, 0.5, 0.5]), torch.tensor([1, -1, 1, -1])
+    model, eps, alpha = LinearSpy(2, 4).requires_grad_(False), 0.1, 0.03
+    model.linear.weight[:] = torch.stack([0 * up.flatten(), up.flatten()])
+    stays, moves, far = 0, 0, 0.0
+    for seed in range(40):
+        model.seen.clear()
+        torch.manual_seed(seed)
+        d = 2 * eps * torch.rand_like(x) - eps
+        torch.manual_seed(seed)
+        x_adv = train.pgd_official(model, x, torch.tensor([0]), eps, alpha)
+        start = (x + d).clamp(0, 1)
+        for k in range(10):
+            close(model.seen[k], (start + d).clamp(0, 1), 1e-12)
+            inside = (start + d >= 0) & (start + d <= 1)
+            d = (d + alpha * up * inside).clamp(-eps, eps)
+        close(x_adv, (x + d).clamp(0, 1), 1e-12)
+        stays += int(x_adv[0, 0, 0, 0] == 0)
+        moves += int(x_adv[0, 0, 0, 0] > eps - 1e-9)
+        far = max(far, *(float((p - x).abs().max()) for p in model.seen))
+        assert (x_adv - x).abs().max() <= eps + 1e-12 and 0 <= x_adv.min() <= x_adv.max() <= 1
+    assert stays + moves == 40 and 10 <= stays <= 30                    # half of the black pixels
+    assert 1.9 * eps < far <= 2 * eps + 1e-12
+
+
+def test_the_published_attack_is_refused_in_training_and_measured_in_evaluation(
+        trained, tmp_path, capsys):
+    assert trains(tmp_path / "run", *TINY_7, "--attacks", "pgd-official") == 2
+    assert "--attacks pgd-official: it stands for comparison only" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(train.UserError, match="comparison only"):       # nor to choose Best
+        train.evaluate(net(), dotted(), torch.zeros(24), ("pgd-official",), check_c(), "val")
+    assert evaluates(trained[0], "--attacks", "pgd-10,pgd-official") == 0
+    assert [r["attack"] for r in report(trained[0])["rows"]] == ["pgd-10", "pgd-official"]
+
+
+# --- checks for masked gradients ----------------------------------------------------------------
+
+def check_c(**kw):
+    return ensemble_c(**{"eps": 0.03, "alpha": 0.0075, "classes": 10, "batch_size": 60,
+                         "test_size": 60, "evaluate": None} | kw)
+
+
+class Masked(nn.Module):
+    """A model that hides its gradients, or its nature, in one of the known ways."""
+
+    def __init__(self, net, fault=None):
+        super().__init__()
+        self.net, self.fault = net, fault
+
+    def forward(self, x):
+        z = self.net((x * 8).round() / 8 if self.fault == "quantised input" else x)
+        if self.fault == "chance":
+            z = z + 0.01 * torch.randn_like(z)
+        return {"logits times 100": 100 * z, "not finite": z / 0}.get(self.fault, z)
+
+
+class Scanned(nn.Module):
+    """h_t = sigmoid(a u_t) h_{t-1} + u_t over pixels; the decay without gradient, where told so."""
+
+    def __init__(self, detach):
+        super().__init__()
+        self.out, self.detach = nn.Linear(1, 10), detach
+        with torch.no_grad():
+            self.out.weight.copy_(torch.linspace(-1, 1, 10)[:, None])
+
+    def forward(self, x):
+        h = 0
+        for u in x.flatten(1).unbind(1):
+            decay = torch.sigmoid(2 * u - 1)
+            h = (decay.detach() if self.detach else decay) * h + u
+        return self.out(h[:, None])
+
+
+@pytest.fixture(scope="module")
+def digits_net():
+    """A CNN trained on drawn digits of 14 x 14 pixels, and 60 images with their labels."""
+    torch.manual_seed(0)
+    x, y = s4_adv.drawn_digits(1260, 0, size=14)
+    model = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(392, 32),
+                          nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for i in [i for _ in range(12) for i in torch.randperm(1200).split(60)]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[i] / 255), y[i]).backward()
+        optimizer.step()
+    return model, x[1200:], y[1200:]
+
+
+def failures(found):
+    return {check["name"]: check["numbers"] for check in found if not check["passed"]}
+
+
+def test_a_healthy_cnn_and_a_healthy_s4_pass_all_checks(digits_net):
+    model, x, y = digits_net
+    found = train.checks(model, x, y, check_c())
+    assert failures(found) == {} and [f["name"] for f in found] == list(train.CHECKS)
+    s4 = s4_adv.Classifier(1, 10, d_model=16, d_state=4, n_layers=1, patch_size=7, ads="relu")
+    optimizer = torch.optim.AdamW(s4.parameters(), lr=1e-2)
+    images, labels = s4_adv.drawn_digits(1000, 0, size=14)
+    for i in [i for _ in range(6) for i in torch.randperm(1000).split(50)]:
+        optimizer.zero_grad()
+        F.cross_entropy(s4(images[i] / 255), labels[i]).backward()
+        optimizer.step()
+    assert failures(train.checks(s4, x, y, check_c())) == {}
+
+
+@pytest.mark.parametrize("fault, names", [
+    ("logits times 100", ["gradient not zero", "cross-entropy and targeted DLR agree",
+                          "square not stronger than pgd-50x5", "smaller logits change nothing"]),
+    ("quantised input", ["gradient not zero", "gradient is the slope, in float64",
+                         "noise weaker than pgd-10"]),
+    ("chance", ["forward deterministic and finite"]),
+    ("not finite", ["forward deterministic and finite"]),
+])
+def test_a_planted_fault_is_caught_by_named_checks(fault, names, digits_net, monkeypatch):
+    model, x, y = digits_net
+    monkeypatch.setattr(train, "CHECKS", {name: train.CHECKS[name] for name in names})
+    assert list(failures(train.checks(Masked(model, fault), x, y, check_c()))) == names
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_scan_without_gradient_for_its_decay_is_caught_by_the_slope(detach, monkeypatch):
+    model, x = Scanned(detach), (255 * dotted(100)).to(torch.uint8)
+    name = "gradient is the slope, in float64"
+    monkeypatch.setattr(train, "CHECKS", {name: train.CHECKS[name]})
+    with torch.no_grad():
+        found = train.checks(model, x, model(x / 255).argmax(1), check_c())
+    assert list(failures(found)) == [name] * detach
+
+
+@pytest.mark.parametrize("name, possible, impossible", [
+    ("fgsm, pgd-10, pgd-50x5 in this order", (.9, .5, .3, .31), (.9, .3, .5, .5)),
+    ("accuracy falls with eps", (.9, .5, .3, .1, 0), (.9, .5, .6, .1, 0)),
+    ("accuracy falls with steps", (.9, .5, .3, .3), (.5, .5, .3, .4)),
+    ("accuracy is 0 at eps 1", (.01,), (.03,)),
+    ("cross-entropy and targeted DLR agree", (.5, .45), (.5, .3)),
+    ("square not stronger than pgd-50x5", (.5, .6), (.5, .4)),
+    ("smaller logits change nothing", (.5, .6, .6), (.5, .6, .4)),
+    ("noise weaker than pgd-10", (.9, .5), (.9, .9)),
+])
+def test_a_check_passes_what_is_possible_and_fails_what_is_not(
+        name, possible, impossible, monkeypatch):
+    for shares, passes in ((possible, True), (impossible, False)):
+        left = iter(enumerate(shares))
+        monkeypatch.setattr(train, "survivors", lambda t, *attack: next(left))
+        passed, numbers = train.CHECKS[name](SimpleNamespace(c=check_c(), y=range(200)))
+        assert passed is passes and tuple(numbers.values()) == shares
+
+
+def test_checks_are_printed_written_and_decide_the_exit_code(trained, capsys, monkeypatch):
+    names = list(train.CHECKS)[:2]
+    for fails in (False, True):
+        monkeypatch.setattr(train, "CHECKS", {
+            names[0]: train.deterministic, names[1]: lambda t: (not fails, {"n": len(t.y)})})
+        assert evaluates(trained[0], "--checks") == int(fails)
+        out = capsys.readouterr().out
+        assert f"{'FAIL' if fails else 'pass'}  gradient not zero" in out and "n = 20" in out
+        found = report(trained[0], "checks")
+        assert [f["passed"] for f in found["checks"]] == [True, not fails] and found["rows"] == []
+    assert found["checks"][1]["numbers"] == {"n": 20}
+    assert train.main(["--evaluate", str(trained[0]), "--checks", "--device", "cpu"]) == 1
+    assert report(trained[0], "checks")["checks"][1]["numbers"] == {"n": 200}   # unless told
+
+
+# --- sweeps, transfer, cuts -----------------------------------------------------------------------
+
+def test_sweeps_are_rows_at_their_radius_and_steps_and_equal_single_evaluations(trained, capsys):
+    checkpoint = trained[0]
+    assert evaluates(checkpoint, "--eps-sweep", "0,4/255,0.5", "--steps-sweep", "1,10",
+                     "--attacks", "clean,pgd-2", "--eps", "8/255", "--alpha", "2/255") == 0
+    rows, out = report(checkpoint)["rows"], capsys.readouterr().out
+    assert [r["attack"] for r in rows] == ["clean"] + 4 * ["pgd-2"] + ["pgd-1", "pgd-10"]
+    assert [round(r["alpha"], 6) for r in rows[2:5]] == [0, round(1 / 255, 6), 0.125]
+    assert rows[2]["accuracy"] == rows[0]["accuracy"] and "pgd-2, eps 4/255" in out
+    table = checkpoint.with_name("best-evaluation.csv").read_text()
+    assert len(table.splitlines()) == 8 and list(checkpoint.parent.glob("*.part")) == []
+    assert evaluates(checkpoint, "--eps", "4/255", "--alpha", "1/255", "--attacks", "pgd-2") == 0
+    assert report(checkpoint)["rows"][0]["accuracy"] == rows[3]["accuracy"]
+
+
+def test_without_attacks_only_what_is_asked_for_is_measured(trained):
+    assert evaluates(trained[0], "--steps-sweep", "1") == 0
+    assert [r["attack"] for r in report(trained[0], "steps-sweep")["rows"]] == ["pgd-1"]
+
+
+def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeypatch):
+    attacked = []
+
+    def black(model, x, y, *rest):
+        attacked.append(type(model))
+        return torch.zeros_like(x)
+    monkeypatch.setattr(train, "pgd", black)
+    assert evaluates(trained[0], "--transfer-from", str(trained[1]), "--attacks", "fgsm") == 0
+    rows = report(trained[0])["rows"]
+    assert [r["attack"] for r in rows] == ["fgsm", "transfer: pgd-10", "transfer: fgsm"]
+    assert set(attacked) == {mamba_adv.Classifier}
+    c, state = train.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
+    c.test_size, model = 20, train.load_model(c, state)
+    x, y = train.load_data(c)["test"]
+    with torch.no_grad():
+        both = (model(x / 255).argmax(1) == y) & (model(0 * x / 255).argmax(1) == y)
+    assert rows[1]["accuracy"] == both.double().mean()
+
+
+def test_transfer_between_data_sets_is_refused(trained, tmp_path, capsys):
+    state = torch.load(trained[1], weights_only=True)
+    state["config"]["dataset"] = "mnist"
+    torch.save(state, tmp_path / "mnist.pt")
+    assert evaluates(trained[0], "--transfer-from", str(tmp_path / "mnist.pt")) == 2
+    err = capsys.readouterr().err
+    assert "mnist.pt: its dataset is mnist, and that of" in err and err.count("\n") == 1
+
+
+def test_a_cut_evaluation_goes_on_and_ends_like_one_that_was_not_cut(trained, monkeypatch):
+    checkpoint, words = trained[0], ("--attacks", "clean,pgd-2x2", "--steps-sweep", "1,3")
+    assert evaluates(checkpoint, *words) == 0
+    whole, real, calls = plain(report(checkpoint)), train.still_right, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "still_right", cut)
+    for at in (2, 5, 12):                                               # 3 batches, 4 attacks
+        calls.clear()
+        assert evaluates(checkpoint, *words) == 130
+        part, = checkpoint.parent.glob("*.part")
+        part.write_bytes(part.read_bytes() + b'\n["half a li')
+        done = at - 1
+        assert evaluates(checkpoint, *words, "--seed", "1") == 0 and len(calls) == at + 12
+        assert part.exists() and evaluates(checkpoint, *words) == 0     # another seed is another
+        assert len(calls) == at + 12 + 12 - done and plain(report(checkpoint)) == whole
+        assert not part.exists()
+
+
+@pytest.mark.parametrize("change", ["weights", "n", "seed", "batch"])
+def test_finished_batches_serve_only_the_very_same_evaluation(
+        change, trained, tmp_path, monkeypatch):
+    state, file, names = torch.load(trained[0], weights_only=True), tmp_path / "best.pt", []
+    torch.save(state, file)
+    monkeypatch.setattr(train, "Kept", lambda path: names.append(path.name) or {})
+    monkeypatch.setattr(train, "tables", lambda *args: 1 / 0)
+    words = {"seed": ["--seed", "9"], "batch": ["--batch-size", "9"]}.get(change, [])
+    for changed in (False, True):
+        if changed and change == "weights":
+            next(iter(state["model"].values())).view(-1)[0] += 1e-3
+            torch.save(state, file)
+        with pytest.raises(ZeroDivisionError):
+            size = "19" if changed and change == "n" else "20"
+            evaluates(file, *(words if changed else []), size=size)
+    assert names[0] != names[1]
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+def png_size(path):
+    data = Path(path).read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_runs_are_plotted_from_their_logs(trained, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    lines, draw_lines = [], train.draw_lines
+    monkeypatch.setattr(train, "draw_lines", lambda ax, drawn, top: (
+        lines.append(drawn), draw_lines(ax, drawn, top)))
+    runs = [str(checkpoint.parent) for checkpoint in trained]
+    assert train.main(["--plot", *runs, "--out", str(tmp_path / "a.png")]) == 0
+    wide, high = png_size(tmp_path / "a.png")
+    assert wide > 2 * high and len(lines) == 2
+    assert list(lines[0]) == [
+        f"{name}, {attack}" for name in ("train", "held-out") for attack in ("clean", "pgd-10")]
+    assert len({style for _, _, _, style in lines[0].values()}) == 4
+    row = dict(zip(*(line.split(",") for line in log(trained[0].parent)[:2])))
+    epochs, accuracies = lines[0]["held-out, clean"][:2]
+    assert list(epochs) == [1] and list(accuracies) == [100 * float(row["val_clean"])]
+    assert train.main(["--plot", str(tmp_path), "--out", str(tmp_path / "b.png")]) == 2
+    assert f"--plot {tmp_path}: there is no log.csv with" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_sweeps_and_images_are_drawn_and_without_matplotlib_the_tables_still_come(
+        there, trained, monkeypatch, capsys, tmp_path):
+    if there:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for file in trained[0].parent.glob("best-*.png"):
+        file.unlink()
+    assert evaluates(trained[0], "--eps-sweep", "0,0.1", "--images") == 0
+    out, grid = capsys.readouterr().out, trained[0].with_name("best-images.png")
+    assert "pgd-10, eps 0.1" in out and ("no figure: " in out) is not there
+    assert trained[0].with_name("best-eps-sweep.png").exists() is there
+    wide, high = png_size(grid)
+    assert wide > 2 * high and ("without captions" in out) is not there
+    seen = [line.split() for line in out.split("perturbation x 15.9 + 0.5")[1].splitlines()[1:9]]
+    c, state = train.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
+    x, y = (v[:8] for v in train.load_data(c)["test"])
+    with torch.no_grad():
+        clean = train.load_model(c, state)(x / 255).argmax(1)
+    assert [row[:3] for row in seen] == [
+        [str(v) for v in row] for row in zip(range(8), y.tolist(), clean.tolist())]
+    if not there:
+        assert train.main(["--plot", str(tmp_path), "--out", str(tmp_path / "c.png")]) == 2

@@ -17,7 +17,9 @@ Chance     Every random number is a function of --seed and the place it is used 
            of what came before: so a run that was cut goes on exactly, and no random state is saved.
 """
 import argparse
+import copy
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -69,7 +71,8 @@ HELD_OUT = 1000                                 # training images that choose Be
 STATES = {"mamba": 16, "attention": 16}                              # d_state whatever the data set
 # What may change on --resume, and what else on --evaluate.
 FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
-EVALUATION = ("evaluate", "eps", "alpha", "test_size", "batch_size", "seed", "precision")
+JOBS = ("checks", "eps_sweep", "steps_sweep", "transfer_from", "images")      # beside --attacks
+EVALUATION = ("evaluate", "eps", "alpha", "test_size", "batch_size", "seed", "precision", *JOBS)
 
 
 class UserError(Exception):
@@ -997,7 +1000,8 @@ def attacks_of(spec, c):
     """The attacks (model, x, y) -> x_adv of a name, each run on what the ones before left.
 
     "clean" none | "fgsm" | "pgd-K" K steps of c.alpha | "pgd-KxR" with R random restarts |
-    a name in AUTO | a name in ENSEMBLES.  UserError for another name, or too few classes for it.
+    "pgd-official", for --evaluate only | a name in AUTO | a name in ENSEMBLES.  UserError for
+    another name, or too few classes for it.
     """
     names = ENSEMBLES.get(spec, (spec,))
     if names[0] in AUTO:
@@ -1008,6 +1012,11 @@ def attacks_of(spec, c):
         return [lambda model, x, y, f=AUTO[name]: f(model, x, y, c.eps) for name in names]
     if spec == "clean":
         return []
+    if spec == "pgd-official" and c.evaluate:
+        return [lambda model, x, y: pgd_official(model, x, y, c.eps, c.alpha)]
+    if spec == "pgd-official":
+        raise UserError(f"--attacks {spec}: it stands for comparison only, so a run cannot have it "
+                        "measured; give it with --evaluate CKPT")
     if spec == "fgsm":
         return [lambda model, x, y: fgsm(model, x, y, c.eps)]
     kind, _, size = spec.partition("-")
@@ -1016,35 +1025,54 @@ def attacks_of(spec, c):
         once = [lambda model, x, y: pgd(model, x, y, c.eps, c.alpha, int(steps))]
         return once * int(restarts or 1)
     raise UserError(f"--attacks {spec}: no such attack; choose from clean, fgsm, pgd-K and pgd-KxR "
-                    f"(K steps, R restarts), {', '.join([*ENSEMBLES, *AUTO])}, separated by commas")
+                    f"(K steps, R restarts), {', '.join([*ENSEMBLES, *AUTO])}, pgd-official, "
+                    "separated by commas")
 
 
-def evaluate(model, images, labels, specs, c, place):
+def still_right(model, x, y, attacks, seed, source=None):
+    """[(B,) bool]: which images are right as they are, and after each attack on what was right.
+
+    seed    function  number of the attack -> the seed of its chances
+    source  Module    the model that is attacked, where it is not the one that is measured
+    """
+    found = [hits(model, x, y)]
+    for k, attack in enumerate(attacks):
+        was, ok = found[-1], found[-1].clone()
+        if was.any():
+            torch.manual_seed(seed(k))
+            x_adv = attack(model if source is None else source, x[was], y[was])
+            ok[was] = hits(model, x_adv, y[was])
+        found.append(ok)
+    return found
+
+
+def evaluate(model, images, labels, specs, c, place, kept=None, source=None):
     """{name: {"accuracy", "n", "right", "left", "seconds"}} on uint8 images (n, C, h, w).
 
     An image counts as right if it is classified correctly as it is and after every attack of the
     name; so a clean error counts as broken, and attacks run only on what is still right. left: how
     many are right after the first attack of the name, after the second, ...
-    place  tuple  what is measured and when: fixes the chances, with c.seed, batch and attack
+    place  tuple   what is measured and when: fixes the chances, with c.seed, batch and attack
+    kept   Kept    batches that an evaluation before this one finished        source  as still_right
     """
     images, labels, n = images[rank()::world()], labels[rank()::world()], len(images)
-    dtype, results = next(model.parameters()).dtype, {}
+    dtype, results, kept = next(model.parameters()).dtype, {}, {} if kept is None else kept
     with frozen(model):
         for spec in specs:
-            attacks, start = attacks_of(spec, c), time.monotonic()
+            attacks, seconds = attacks_of(spec, c), 0.0
             left = [0] * (1 + len(attacks))                     # as they are, after each attack
             for b, (x, y) in enumerate(zip(images.split(c.batch_size), labels.split(c.batch_size))):
-                x = x.to(dtype) / 255
-                ok = hits(model, x, y)
-                left[0] += int(ok.sum())
-                for k, attack in enumerate(attacks):
-                    if ok.any():
-                        torch.manual_seed(seed_of(c.seed, place, spec, k, b, rank()))
-                        ok[ok.clone()] = hits(model, attack(model, x[ok], y[ok]), y[ok])
-                    left[k + 1] += int(ok.sum())
+                at, start = repr((place, spec, c.eps, c.alpha, b)), time.monotonic()
+                if at not in kept:
+                    found = still_right(model, x.to(dtype) / 255, y, attacks, lambda k: seed_of(
+                        c.seed, place, spec, k, b, rank()), source)
+                    found = [int(ok.sum()) for ok in found]
+                    kept[at] = [*found, time.monotonic() - start]
+                left = [v + w for v, w in zip(left, kept[at])]
+                seconds += kept[at][-1]
             left = [int(v) for v in total(left, images.device)]
             results[spec] = {"accuracy": left[-1] / n, "n": n, "right": left[-1], "left": left[1:],
-                             "seconds": round(time.monotonic() - start, 1)}
+                             "seconds": round(seconds, 1)}
     return results
 
 
@@ -1055,31 +1083,390 @@ def interval(right, n, z=1.959964):
     return shrink * (p + z * z / (2 * n) - half), shrink * (p + z * z / (2 * n) + half)
 
 
+# --------------------------------------------------------------------------------------------------
+# Evidence: what --evaluate does with a checkpoint, checks for masked gradients, figures
+# --------------------------------------------------------------------------------------------------
+
+def pgd_official(model, x, y, eps, alpha, steps=10):
+    """PGD as in the paper's published code, never used here but for comparison.
+
+        d_0 uniform,  x_0 = clamp(x + d_0),  d <- clip(d + alpha sign grad_d CE(clamp(x_0 + d)))
+
+    Arguments and result as pgd. The start is added twice, so that gradients are taken up to 2 eps
+    from x; the clamp to [0, 1] lies inside the graph, so that a pixel beyond it never moves.
+    """
+    d = eps * (2 * torch.rand_like(x) - 1)
+    start = (x + d).clamp(0, 1)
+    with frozen(model):
+        for _ in range(steps):
+            _, _, grad = gradient(lambda d: model((start + d).clamp(0, 1)), d,
+                                  lambda z: F.cross_entropy(z, y, reduction="none"))
+            d = (d + alpha * grad.sign()).clamp(-eps, eps)
+    return (x + d).clamp(0, 1)
+
+
+class Kept(dict):
+    """{batch of an attack: counts, seconds}, also as lines of a file, which outlives a cut."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                super().__setitem__(*json.loads(line))
+            except (ValueError, TypeError):                                 # half a line: the cut
+                pass
+
+    def __setitem__(self, at, found):
+        super().__setitem__(at, found)
+        try:
+            with open(self.path, "a") as f:
+                f.write("\n" + json.dumps([at, found]))
+        except OSError as e:
+            raise UserError(f"cannot write {self.path} ({e.strerror}); copy the checkpoint to a "
+                            "folder with room, and evaluate it there") from e
+
+
+def digest(*parts):
+    """16 characters that stand for tensors, and for anything that says in words what it is."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.cpu().numpy().tobytes() if torch.is_tensor(part) else repr(part).encode())
+    return h.hexdigest()[:16]
+
+
 def evaluate_checkpoint(c, state):
-    """--evaluate: one table, also as CSV and JSON beside the checkpoint."""
-    model = build(c)
-    model.load_state_dict(state["model"])
-    data, rows = load_data(c)["test"], []
+    """--evaluate: tables, also as CSV and JSON beside the checkpoint.  Returns the exit code.
+
+    Finished batches wait in a file named after all that they depend on, until the tables are done.
+    """
+    model, other, stem = load_model(c, state), None, Path(c.evaluate).with_suffix("")
+    if c.transfer_from:
+        other = read_checkpoint(Path(c.transfer_from), "--transfer-from")
+        for key in ("dataset", "classes"):
+            if other["config"][key] != getattr(c, key):
+                raise UserError(f"--transfer-from {c.transfer_from}: its {key} is "
+                                f"{other['config'][key]}, and that of {c.evaluate} "
+                                f"{getattr(c, key)}; give a model of the same images")
+    images, labels = load_data(c)["test"]
+    code = [Path(file).read_bytes() for file in (__file__, SCRIPTS[c.model].__file__)]
+    key = digest(images, labels, *state["model"].values(), code, c.seed, c.batch_size, c.precision,
+                 c.device, world(), torch.__version__)
+    kept = Kept(stem.with_name(f"{stem.name}-{key}-{rank()}.part"))
     say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {show(c.eps)}, "
-        f"alpha {show(c.alpha)}, seed {c.seed}\n"
-        f"{'attack':16} {'accuracy':>9}   95 % interval        n   seconds")
-    for spec in c.attacks:
-        r = evaluate(model, *data, (spec,), c, "evaluate")[spec]
-        stages = [(f"{spec}: {name}", left)
-                  for name, left in zip(ENSEMBLES.get(spec, ()), r["left"])]
-        for name, right in stages + [(spec, r["right"])]:
-            (low, high), seconds = interval(right, r["n"]), r["seconds"] if name == spec else None
-            rows.append({"attack": name, "accuracy": right / r["n"], "low": low, "high": high,
-                         "n": r["n"], "seconds": seconds,
-                         "eps": c.eps, "alpha": c.alpha, "seed": c.seed})
-            say(f"{name:16} {right / r['n']:9.2%}  {low:7.2%} - {high:.2%}  {r['n']:7,}"
-                + (f"  {seconds:8.1f}" if name == spec else ""))
+        f"alpha {show(c.alpha)}, seed {c.seed}")
+    rows = tables(model, images, labels, c, kept, other)
+    if c.images and rank() == 0:
+        draw_images(model, images[:8], labels[:8], c, stem)
+    checked = checks(model, images, labels, c) if c.checks else []
     if rank() == 0:
-        name = Path(c.evaluate).with_suffix("")
-        write_csv(name.with_name(name.name + "-evaluation.csv"), rows)
-        write(name.with_name(name.name + "-evaluation.json"),
-              json.dumps({"checkpoint": name.name + ".pt", "rows": rows, "config": vars(c),
-                          **machine(c)}, indent=1))
+        job = "evaluation" if c.attacks else "-".join(job for job in JOBS if getattr(c, job))
+        name = stem.with_name(f"{stem.name}-{job.replace('_', '-')}")
+        if rows:
+            write_csv(name.with_name(name.name + ".csv"), rows)
+        write(name.with_name(name.name + ".json"),
+              json.dumps({"checkpoint": stem.name + ".pt", "rows": rows, "checks": checked,
+                          "config": vars(c), **machine(c)}, indent=1))
+    kept.path.unlink(missing_ok=True)
+    return int(not all(check["passed"] for check in checked))
+
+
+def load_model(c, state):
+    """The checkpoint's model, on c's device and in c's precision."""
+    model = build(SimpleNamespace(**vars(c) | state["config"] | {
+        "device": c.device, "precision": c.precision}))
+    model.load_state_dict(state["model"])
+    return model
+
+
+def tables(model, images, labels, c, kept, other):
+    """The rows of --attacks, --eps-sweep, --steps-sweep and --transfer-from; sweeps are drawn.
+
+    other  dict or None  the checkpoint of --transfer-from: its model is attacked, ours measured
+    """
+    measure = functools.partial(table, model, images, labels, kept=kept)
+    stem, specs = Path(c.evaluate).with_suffix(""), [s for s in c.attacks if s != "clean"]
+    rows = measure([(spec, spec, c) for spec in c.attacks]) if c.attacks else []
+    if c.eps_sweep:
+        swept = measure([(f"{spec}, eps {show(eps)}", spec, at_radius(c, eps))
+                         for spec in specs or ["pgd-10"] for eps in c.eps_sweep])
+        rows += swept
+        draw_sweep(stem, "eps", [r for r in swept if ": " not in r["attack"]])
+    if c.steps_sweep:
+        swept = measure([(f"pgd-{k}", f"pgd-{k}", c) for k in c.steps_sweep])
+        rows += swept
+        draw_sweep(stem, "steps", [r | {"attack": "pgd", "steps": k}
+                                   for r, k in zip(swept, c.steps_sweep)])
+    if other:
+        rows += measure([(f"transfer: {spec}", spec, c) for spec in dict.fromkeys(
+            ["pgd-10", *specs])], source=load_model(c, other),
+            place=("transfer", digest(*other["model"].values())))
+    return rows
+
+
+def at_radius(c, eps):
+    """c with another radius, and a step in proportion to it."""
+    return SimpleNamespace(**vars(c) | {
+        "eps": eps, "alpha": eps * c.alpha / c.eps if c.eps else eps / 4})
+
+
+def table(model, images, labels, lines, kept, source=None, place="evaluate"):
+    """Prints and returns a row for each (label, name of the attack, settings) of lines, and one for
+    each stage of an ensemble; source and place as evaluate."""
+    say(f"\n{'attack':24} {'accuracy':>9}   95 % interval        n   seconds")
+    rows = []
+    for label, spec, c in lines:
+        r = evaluate(model, images, labels, (spec,), c, place, kept, source)[spec]
+        stages = [(f": {name}", left) for name, left in zip(ENSEMBLES.get(spec, ()), r["left"])]
+        for stage, right in stages + [("", r["right"])]:
+            (low, high), seconds = interval(right, r["n"]), None if stage else r["seconds"]
+            rows.append({"attack": ("transfer: " if source else "") + spec + stage,
+                         "accuracy": right / r["n"], "low": low, "high": high, "n": r["n"],
+                         "seconds": seconds, "eps": c.eps, "alpha": c.alpha, "seed": c.seed})
+            say(f"{label + stage:24} {right / r['n']:9.2%}  {low:7.2%} - {high:.2%}  {r['n']:7,}"
+                + ("" if stage else f"  {seconds:8.1f}"))
+    return rows
+
+
+# A check takes t (model, images x, labels y, settings c, known survivors) and returns whether the
+# model passes, and its numbers: shares of the images. No check proves that gradients tell the
+# truth; each catches a way in which they have not.
+
+QUICK = {                                                               # for the checks alone
+    "apgd-ce, 50 steps": [lambda c, *a: apgd_ce(*a, c.eps, 50)],
+    "apgd-t, 3 x 50 steps": [lambda c, *a: apgd_t(*a, c.eps, 3, 50)],
+    "square, 500 queries": [lambda c, *a: square(*a, c.eps, 500, 500)],
+    "noise, 10 draws": 10 * [lambda c, m, x, y: (
+        x + c.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)],
+}
+
+
+def by_batch(t, f):
+    """f(x, y) of all images, the batches joined."""
+    size = t.c.batch_size
+    return torch.cat([f(x, y) for x, y in zip(t.x.split(size), t.y.split(size))])
+
+
+def survivors(t, spec, eps=None, logits=1.0):
+    """The share of images that an attack leaves right, at a radius or with scaled logits; kept."""
+    key = spec + (f" at eps {show(eps)}" if eps is not None else "") + (
+        f", logits x {logits:g}" if logits != 1 else "")
+    if key not in t.known:
+        c = t.c if eps is None else at_radius(t.c, eps)
+        attacks = [functools.partial(f, c) for f in QUICK.get(spec, ())] or attacks_of(spec, c)
+        hook = t.model.register_forward_hook(lambda module, args, z: z * logits)
+        try:
+            t.known[key] = float(by_batch(t, lambda x, y: still_right(
+                t.model, x, y, attacks, lambda k: seed_of(c.seed, spec, k))[-1]).double().mean())
+        finally:
+            hook.remove()
+    return key, t.known[key]
+
+
+def compare(t, rule, *attacks):
+    """Whether rule(slack, shares) holds for what attacks, (name, eps, logits) each, leave right."""
+    shares = dict(survivors(t, *attack) for attack in attacks)
+    return bool(rule(max(0.02, 1 / len(t.y)) + 1e-9, *shares.values())), shares
+
+
+def falls(slack, *shares):
+    return all(b <= a + slack for a, b in zip(shares, shares[1:]))
+
+
+def deterministic(t):
+    with torch.no_grad():
+        first, second = (by_batch(t, lambda x, y: scores(t.model, x)) for _ in range(2))
+    gap = float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
+    return gap < 1e-6, {"largest relative difference": gap}
+
+
+def gradient_there(t):
+    size = by_batch(t, lambda x, y: gradient(t.model, x, lambda z: F.cross_entropy(
+        z, y, reduction="none"))[2].abs().flatten(1).amax(1))
+    share = float((size == 0).double().mean())
+    return share <= 0.01, {"images without": share}
+
+
+def gradient_right(t, h=1e-7):
+    """(f(x + h v) - f(x - h v)) / 2 h against <grad f(x), v>, f a random sum of logits, float64."""
+    model = copy.deepcopy(t.model).double()
+
+    def error(x, y):
+        x, v = x.double(), torch.randint_like(x, 2).double() * 2 - 1
+        mix = torch.randn(len(x), t.c.classes, dtype=x.dtype, device=x.device)
+        _, _, grad = gradient(model, x, lambda z: (z * mix).sum(1))
+        with torch.no_grad():
+            rise = ((scores(model, x + h * v) - scores(model, x - h * v)) * mix).sum(1)
+        return (rise / (2 * h) - (grad * v).flatten(1).sum(1)).abs() / grad.flatten(1).norm(dim=1)
+    torch.manual_seed(seed_of(t.c.seed, "direction"))
+    with frozen(model):
+        error = by_batch(t, error)
+    share = float((~(error < 1e-3)).double().mean())                        # NaN: no gradient
+    return share <= 0.01, {"images off by 0.1 %": share, "median error": float(error.median())}
+
+
+CHECKS = {
+    "forward deterministic and finite": deterministic,
+    "gradient not zero": gradient_there,
+    "gradient is the slope, in float64": gradient_right,
+    "fgsm, pgd-10, pgd-50x5 in this order": lambda t: compare(
+        t, falls, ["clean"], ["fgsm"], ["pgd-10"], ["pgd-50x5"]),
+    "accuracy falls with eps": lambda t: compare(
+        t, falls, *(["pgd-10", min(k * t.c.eps, 1.0)] for k in (0, 0.5, 1, 2, 4))),
+    "accuracy falls with steps": lambda t: compare(
+        t, falls, ["pgd-1"], ["pgd-5"], ["pgd-10"], ["pgd-50"]),
+    "accuracy is 0 at eps 1": lambda t: compare(
+        t, lambda slack, left: left <= slack, ["pgd-50", 1.0]),
+    "cross-entropy and targeted DLR agree": lambda t: compare(
+        t, lambda slack, ce, dlr: ce <= dlr + 0.1, *([name] for name in list(QUICK)[:2])),
+    "square not stronger than pgd-50x5": lambda t: compare(
+        t, lambda slack, white, black: black >= white - slack,
+        ["pgd-50x5"], ["square, 500 queries"]),
+    "smaller logits change nothing": lambda t: compare(                     # saturation hides
+        t, lambda slack, left, *would: left <= min(would) + slack,
+        *(["pgd-10", None, k] for k in (1, 0.1, 0.01))),
+    "noise weaker than pgd-10": lambda t: compare(
+        t, lambda slack, noise, pgd_10: pgd_10 < noise or noise == 0,
+        ["noise, 10 draws"], ["pgd-10"]),
+}
+
+
+def checks(model, images, labels, c):
+    """[{"name", "passed", "numbers"}] of CHECKS on the first 200 images, or --test-size; printed.
+
+    slack: two images of a hundred.
+    """
+    n, found = min(len(labels), c.test_size or 200), []
+    t = SimpleNamespace(model=model, x=images[:n].to(next(model.parameters()).dtype) / 255,
+                        y=labels[:n], c=c, known={})
+    say(f"\nchecks for masked gradients, n = {n:,}")
+    with frozen(model):
+        for name, check in CHECKS.items():
+            try:
+                passed, numbers = check(t)
+            except (UserError, FloatingPointError) as e:
+                passed, numbers = False, {"error": str(e)}
+            found.append({"name": name, "passed": passed, "numbers": numbers})
+            say(f"{'pass' if passed else 'FAIL'}  {name:36}  " + "; ".join(
+                f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}"
+                for k, v in numbers.items()))
+    return found
+
+
+def draw(path, fill, rows=1, columns=1, size=(4.2, 3.2)):
+    """fill(axes) draws into a grid of panels (rows, columns) with common scales; saved as PNG.
+
+    UserError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a figure needs matplotlib, which is not installed; pip install "
+                        "matplotlib") from None
+    figure, file = Figure((size[0] * columns, size[1] * rows), layout="constrained"), io.BytesIO()
+    fill(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
+    figure.savefig(file, format="png", dpi=150)
+    write(path, file.getvalue())
+    say(f"drawn: {path}")
+
+
+def draw_lines(ax, lines, top):
+    """{label: (x, y, bars or None, style)} in black, each labelled at its end, y from 0 to top."""
+    at = -math.inf
+    ax.set_ylim(0, top)
+    ax.tick_params(labelleft=True, labelbottom=True)
+    ax.spines[["top", "right"]].set_visible(False)
+    for label, (x, y, bars, style) in sorted(lines.items(), key=lambda item: item[1][1][-1]):
+        ax.errorbar(x, y, bars, fmt=style, color="black", mfc="white" if "--" in style else "black",
+                    lw=1, ms=4, capsize=2, markevery=-(-len(x) // 12))
+        at = max(y[-1], at + 0.06 * top)                                # no label on another
+        ax.annotate(label, (x[-1], at), (7, 0), textcoords="offset points", va="center", size=8)
+
+
+def draw_sweep(stem, what, rows):
+    """A sweep's rows: accuracy in per cent, with its interval, against eps or number of steps."""
+    def fill(axes):
+        lines = {}
+        for k, name in enumerate(dict.fromkeys(r["attack"] for r in rows)):
+            line = sorted((r for r in rows if r["attack"] == name), key=lambda r: r[what])
+            y = [100 * r["accuracy"] for r in line]
+            bars = [[abs(100 * r[end] - v) for r, v in zip(line, y)] for end in ("low", "high")]
+            lines[name] = ([r[what] for r in line], y, bars,
+                           "osD^v"[k % 5] + ("-", "--", ":", "-.")[k % 4])
+        draw_lines(axes[0, 0], lines, 105 * max(r["high"] for r in rows))
+        axes[0, 0].set(xlabel=what, ylabel=f"accuracy, %  (n = {rows[0]['n']:,})")
+    try:
+        draw(stem.with_name(f"{stem.name}-{what}-sweep.png"), fill) if rank() == 0 else None
+    except UserError as e:
+        say(f"no figure: {e}")
+
+
+def plot_runs(runs, path):
+    """--plot: accuracies over epochs from each run's log.csv, a panel for each run.
+
+    The second set is what chose Best, which the log has: held-out images, or test (--select test).
+    """
+    logs, sets = [], {"train": "train", "val": "held-out", "test": "test"}
+    for run in runs:
+        file = Path(run) / "log.csv"
+        rows = csv.DictReader(file.read_text().splitlines() if file.is_file() else ())
+        keys = [k for k in rows.fieldnames or () if k.endswith(("_clean", "_pgd-10"))]
+        logs.append((keys, [r for r in rows if keys and r[keys[-1]]]))
+        if not logs[-1][1]:
+            raise UserError(f"--plot {run}: there is no log.csv with a measured epoch; give "
+                            "folders of runs that have come so far")
+
+    def fill(axes):
+        for ax in axes.flat[len(runs):]:
+            ax.axis("off")
+        for ax, run, (keys, rows) in zip(axes.flat, runs, logs):
+            lines, epochs = {}, [int(r["epoch"]) for r in rows]
+            for key in keys:
+                name, attack = key.split("_")
+                style = ("o" if attack == "clean" else "s") + ("--" if name == "train" else "-")
+                y = [100 * float(r[key]) for r in rows]
+                lines[f"{sets[name]}, {attack}"] = epochs, y, None, style
+            draw_lines(ax, lines, top)
+            clean = lines[f"{sets[name]}, clean"][1]                    # y: PGD-10 of the chooser
+            best = max(range(len(y)), key=lambda i: (y[i], clean[i]))
+            ax.axvline(epochs[best], color="0.6", lw=0.8)
+            ax.set_title(f"{Path(run).resolve().name}\n{sets[name]}, {attack}: Best "
+                         f"{y[best]:.1f} (epoch {epochs[best]}), Last {y[-1]:.1f}", size=9)
+            ax.set(xlabel="epoch", ylabel="accuracy, %")
+    top = 108 * max(float(r[k]) for keys, rows in logs for r in rows for k in keys)
+    columns = 2 if len(runs) == 4 else min(len(runs), 3)
+    draw(Path(path), fill, -(-len(runs) // columns), columns)
+
+
+def draw_images(model, images, labels, c, stem):
+    """--images: images, perturbations, images under PGD-10; predictions are printed as a table."""
+    x, path = images.to(next(model.parameters()).dtype) / 255, f"{stem.name}-images.png"
+    torch.manual_seed(seed_of(c.seed, "images"))
+    x_adv, gain = pgd(model, x, labels, c.eps, c.alpha, 10), 0.5 / c.eps if c.eps else 0.0
+    noise = f"perturbation x {gain:.3g} + 0.5"
+    with frozen(model), torch.no_grad():
+        seen = [labels, *(scores(model, v).argmax(1) for v in (x, x_adv))]
+    say(f"\n{'image':>6} {'label':>6} {'clean':>6} {'pgd-10':>6}    the grid shows {noise}")
+    for i, row in enumerate(zip(*(v.tolist() for v in seen))):
+        say(f"{i:6} " + " ".join(f"{v:6}" for v in row))
+    grid = torch.stack([x, 0.5 + gain * (x_adv - x), x_adv]).clamp(0, 1).cpu()  # (3, n, C, h, w)
+
+    def fill(axes):
+        for ax, picture in zip(axes.flat, grid.flatten(0, 1)):
+            ax.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).float().numpy())
+            ax.axis("off")
+        for i, (y, clean, attacked) in enumerate(zip(*(v.tolist() for v in seen))):
+            axes[0, i].set_title(f"label {y}\nclean: {clean}", size=7)
+            axes[2, i].set_title(f"pgd-10: {attacked}", size=7)
+        axes[1, 0].set_title(noise, size=7, loc="left")
+    try:
+        draw(stem.with_name(path), fill, 3, len(x), (1.1, 1.3))
+    except UserError as e:
+        from torchvision.utils import save_image
+        file = io.BytesIO()
+        save_image(F.interpolate(grid.flatten(0, 1), scale_factor=4), file, "png", nrow=len(x))
+        write(stem.with_name(path), file.getvalue())
+        say(f"drawn without captions: {stem.with_name(path)} ({e})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1326,12 +1713,10 @@ def comma_list(text):
 
 
 def counts(text):
-    """'64,256' -> [64, 256]."""
-    try:
-        return [int(v) for v in text.split(",")]
-    except ValueError:
-        message = f"{text} is no list of whole numbers; write it as 64,256,1024"
-        raise argparse.ArgumentTypeError(message) from None
+    """'1,5,10' -> [1, 5, 10]."""
+    if not all(v.isdigit() for v in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers; write it as 1,5,10")
+    return [int(v) for v in text.split(",")]
 
 
 def pair(text):
@@ -1407,7 +1792,8 @@ def parser():
     flag("--attacks", type=comma_list, default=["clean", "pgd-10"], metavar="A,B",
          shown="clean,pgd-10",
          help="for the final row and --evaluate: clean, fgsm, pgd-K, pgd-KxR (K steps, R restarts),"
-              f" {', '.join(AUTO)}; aa: AutoAttack, these four in turn; aa-fast: the first two")
+              f" {', '.join(AUTO)}; aa: AutoAttack, these four in turn; aa-fast: the first two; "
+              "pgd-official, with --evaluate: the attack of the paper's published code")
     flag("--seed", type=int, default=0, help="fixes weights, order, augmentation and attacks")
     flag("--device", shown="cuda if there is one", help="cpu, cuda, cuda:1, ...")
     flag("--precision", default="fp32", choices=("fp32", "fp64", "bf16", "tf32"),
@@ -1428,6 +1814,18 @@ def parser():
          help="time N runs of each kind of work instead of training, on random images")
     flag("--lengths", type=counts, metavar="L,L", shown="that of the data set",
          help="--bench: tokens of an image")
+    flag("--checks", action="store_true", shown="none",
+         help="with --evaluate: look for masked gradients, on 200 images; exit code 1 if found")
+    flag("--eps-sweep", type=lambda text: [fraction(v) for v in text.split(",")], metavar="E,E",
+         shown="none", help="with --evaluate: each attack of --attacks, or pgd-10, at these radii")
+    flag("--steps-sweep", type=counts, metavar="K,K", shown="none",
+         help="with --evaluate: PGD with these numbers of steps")
+    flag("--transfer-from", metavar="CKPT", shown="none",
+         help="with --evaluate: pgd-10 and --attacks made on this other model")
+    flag("--images", action="store_true", shown="none",
+         help="with --evaluate: draw eight images, their perturbations and adversarial images")
+    flag("--plot", nargs="+", metavar="RUN", shown="train",
+         help="draw the accuracies over epochs of these runs' folders into --out FILE.png")
     return p, defaults
 
 
@@ -1443,6 +1841,12 @@ def settings(argv):
     c.eps_warmup = c.eps_warmup or 0.0
     if c.bench is not None:
         c.batch_size = given.get("batch_size", 16)
+    if c.plot:
+        c.out = c.out or "robust-overfitting.png"
+        if other := sorted(set(given) - {"plot", "out"}):
+            raise UserError(f"--{other[0].replace('_', '-')} has no place beside --plot, which "
+                            "draws what runs have logged; leave it out")
+        return c, None
     path, flag, state, free = c.resume, "--resume", None, FREE
     if c.evaluate:
         path, flag, free = c.evaluate, "--evaluate", FREE + EVALUATION
@@ -1469,7 +1873,10 @@ def settings(argv):
     elif any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")):
         raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
                         "another --out")
-    return check(restored(c, given, state, path, free) if state else c), state
+    c = restored(c, given, state, path, free) if state else c
+    if "attacks" not in given and c.evaluate and any(getattr(c, job) for job in JOBS):
+        c.attacks = []
+    return check(c), state
 
 
 def restored(c, given, state, path, free):
@@ -1479,7 +1886,7 @@ def restored(c, given, state, path, free):
         if k not in free and config.get(k, v) != v:
             raise UserError(f"--{k.replace('_', '-')} {v}: {path if c.evaluate else c.out} was "
                             f"trained with {config[k]}; leave the flag out, or choose another run")
-    own = ("device", "resume", "evaluate", "out")
+    own = ("device", "resume", "evaluate", "out") + (("test_size",) if c.evaluate else ())
     kept = {k: v for k, v in config.items() if k not in own}
     return SimpleNamespace(**{**vars(c), **kept, **{k: given[k] for k in free if k in given}})
 
@@ -1500,6 +1907,14 @@ def check(c):
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
         if not 0 <= getattr(c, name) < math.inf:
             refuse(name, "it must be a number of at least 0")
+    for job in JOBS:
+        if getattr(c, job) and not c.evaluate:
+            raise UserError(f"--{job.replace('_', '-')} measures a checkpoint; add --evaluate CKPT")
+    if any(not 0 <= v <= 1 for v in c.eps_sweep or ()):
+        refuse("eps_sweep", "radii must lie in [0, 1], pixel units; 8/255, not 8")
+    if c.checks and (not c.eps or c.classes < 4):
+        raise UserError(f"--checks need an eps above 0 and 4 classes; here are eps {show(c.eps)} "
+                        f"and {c.classes} classes")
     if not 0 < c.lr < math.inf:
         refuse("lr", "it must be a number above 0")
     if min(c.yopo) < 1:
@@ -1570,9 +1985,11 @@ def main(argv=None):
             results_table([str(Path(folder)) for folder in asked.table])
             return 0
         c, state = settings(argv)
-        if c.evaluate:
-            evaluate_checkpoint(c, state)
+        if c.plot:
+            plot_runs(c.plot, c.out)
             return 0
+        if c.evaluate:
+            return evaluate_checkpoint(c, state)
         if c.bench:
             bench(c)
             return 0
@@ -1585,9 +2002,10 @@ def main(argv=None):
         say(f"train.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        begun = c is not None and not c.evaluate and (Path(c.out) / "config.json").exists()
-        say("\nstopped" + (f"; go on with: python train.py --resume {c.out}" if begun else ""),
-            file=sys.stderr)
+        goes_on = ("the same command goes on with it" if c and c.evaluate else
+                   f"go on with: python train.py --resume {c.out}"
+                   if c and (Path(c.out) / "config.json").exists() else "")
+        say("\nstopped" + ("; " + goes_on if goes_on else ""), file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
