@@ -396,7 +396,7 @@ def gain_bounds(ssm, L):
     """sup_w sum_j |K^_ij(w)| <= gain_i <= |D_i| + sum_n g_in (1 - rho_n^L) / (1 - rho_n).
 
     Arguments as gain. Returns both ends (H,); w on the 2L-th roots of 1.         Derived here, P2
-    Left: |K^(w)| = |sum_s K_s e^{-iws}| <= sum_s |K_s|. Right: |K_s| <= sum_n g_n rho_n^s, see modes.
+    Left: |K^(w)| = |sum_s K_s e^{-iws}| <= sum_s |K_s|. Right: |K_s| <= sum_n g_n rho_n^s (modes).
     So the signal's gain at any frequency is below the error's: they cannot be turned apart far.
     """
     K, (g, rho) = ssm.kernel(L), ssm.modes(L)
@@ -470,7 +470,7 @@ def certified_margin(model, x, y, eps):
 
 
 def certified_radius(model, x, y, steps=30):
-    """The largest eps with certified_margin > 0, (B,), by bisection of [0, 1]; 0 where x is wrong."""
+    """The largest eps with certified_margin > 0, (B,), by bisection of [0, 1]; 0 if x is wrong."""
     low = torch.zeros(len(x), 1, 1, 1).to(x)
     for k in range(1, steps + 1):
         half = low + 2.0 ** -k
