@@ -51,6 +51,21 @@ class AdaptiveScaling(nn.Module):
         return torch.addcmul(t, s, y)                                       # s * y + t
 
 
+def error_parts(ads, y, y_adv):
+    """AdS(y') - AdS(y) = s' (y' - y) + (s' - s) y + (t' - t), term by term.       Derived here, P5
+
+    ads       AdaptiveScaling
+    y, y_adv  (..., d_model)   clean and attacked input
+
+    Returns the error scaled, the clean y rescaled, the shift's change, each (..., d_model); and
+    where nothing is left of the error, since s, s', t and t' are all 0: ReLU with both
+    pre-activations <= 0 before and after, bool (..., d_model).
+    """
+    (s, t), (s_adv, t_adv) = ads.scale_and_shift(y), ads.scale_and_shift(y_adv)
+    removed = (s == 0) & (s_adv == 0) & (t == 0) & (t_adv == 0)
+    return s_adv * (y_adv - y), (s_adv - s) * y, t_adv - t, removed
+
+
 def middle(d_model, ads=None, control=None):
     """What stands between sequence map and output Linear: AdS, a control, or nothing (the paper's
     pure SSM).

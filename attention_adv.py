@@ -152,6 +152,11 @@ class Mega(nn.Module):
         bias = once(self, L, lambda: self.relative_bias(L))
         return torch.softmax(torch.baddbmm(bias.expand(B, L, L), q, k.mT), -1)
 
+    def mixing(self, u):
+        """Attention (B, L, L) and the values (B, L, V) that it mixes, to be looked at."""
+        z = self.gates(F.silu(self.ema(u))).split(self.sizes, -1)[1]
+        return self.attention(F.silu(z)), F.silu(self.values(u))
+
     def forward(self, u):
         values = F.silu(self.values(u))                                     # (B, L, V)
         update, z, reset, here = self.gates(F.silu(self.ema(u))).split(self.sizes, -1)
@@ -159,6 +164,53 @@ class Mega(nn.Module):
         new = F.silu(here + self.out(self.middle(mixed * F.silu(reset))))   # (B, L, H)
         update = torch.sigmoid(update).to(u.dtype)                          # autocast: bf16
         return torch.lerp(u, new.to(u.dtype), update)                       # u + update (new - u)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a perturbation can do to the average, which is fixed, and to attention
+# --------------------------------------------------------------------------------------------------
+
+def gain(ema, L):
+    """max_t sum_{s = t-L+1}^{t} |K_s| = max |dy|_inf over |du|_inf <= 1.          Derived here, P1
+
+    ema  EMA, in float64                                        L  int  tokens
+
+    |dy_t| <= sum_s |K_s| |du_{t-s}|, an equality for du_{t-s} = sign K_s. The kernel has two sides:
+    the worst t is where the two partial sums, of L numbers in all, are largest together.
+    Returns the gain (H,) and du (1, L, H), which reaches it in every channel, each at its t.
+    """
+    K = ema.kernel(L)                                                       # (H, 2L)
+    ahead = F.pad(K.abs()[:, L:].flip(1).cumsum(1)[:, :-1], (1, 0))         # of the next 0 .. L-1
+    total, t = (K.abs()[:, :L].cumsum(1) + ahead.flip(1)).max(1)            # (H,)
+    s = (t[:, None] - torch.arange(L, device=t.device)) % (2 * L)           # (H, L)
+    return total, K.sign().gather(1, s).T[None]
+
+
+def gain_bounds(ema, L):
+    """sup_w |K^(w)| <= ||K||_1 and gain <= ||K||_1 <= |omega| + sum_n |c_n| (1 - q_n^L)/(1 - q_n).
+
+    Arguments as gain. Returns the two outer ends (H,); w on the 2L-th roots of 1.  Derived here, P2
+    ||K||_1 takes all 2L - 1 lags; one output sees L of them, so sup |K^| may exceed the gain.
+    """
+    log_q, c = ema.matrices()                                               # (2H, N), two sides
+    modal = (c.abs() * torch.expm1(L * log_q) / torch.expm1(log_q)).sum(1)
+    return torch.fft.rfft(ema.kernel(L)).abs().amax(1), ema.omega.abs() + sum(modal.chunk(2))
+
+
+def attention_error(P, V, P_adv, V_adv):
+    """|P'V' - PV| <= max_s |V'_s - V_s| + TV(P', P) osc(V): clipped.              Derived here, P4
+
+    P, V, P_adv, V_adv  (B, L, L), (B, L, V)  probabilities in rows and values, clean and attacked
+
+    P'V' - PV = P'(V' - V) + (P' - P)(V - m): P' - P has rows of sum 0, so any m per channel may go.
+    With m in the middle of V's range the last is at most |P' - P|_1 / 2 = TV times the range, osc.
+    TV <= 1: however far the scores move, the error stays below the range of the values.
+    Returns |P'V' - PV| and its bound (B, L, V), TV (B, L, 1), osc (B, 1, V).
+    """
+    tv = (P_adv - P).abs().sum(-1, keepdim=True) / 2
+    osc = V.amax(1, keepdim=True) - V.amin(1, keepdim=True)
+    bound = (V_adv - V).abs().amax(1, keepdim=True) + tv * osc
+    return (P_adv @ V_adv - P @ V).abs(), bound, tv, osc
 
 
 # --------------------------------------------------------------------------------------------------

@@ -184,6 +184,47 @@ class Mamba(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# What a perturbation can do to a data-dependent map
+# --------------------------------------------------------------------------------------------------
+
+def scan_errors(clean, attacked, A, h=0.0):
+    """e_t = h'_t - h_t = a'_t e_{t-1} + (a'_t - a_t) h_{t-1} + (b'_t - b_t).      Derived here, P3
+
+    clean, attacked  (u, dt, B)  what the scan is fed, as in selective_scan_loop
+    A                (d, N)      negative
+    h                float       every state before the first step, in both
+
+    with a_t = e^{dt_t A}, b_t = dt_t u_t B_t. Yields h_t, h'_t, each from its own recurrence, and
+    the three terms, all (b, d, N), for t = 1, 2, ...
+    With fixed parameters the second term is 0. Here no bound of it follows from the weights: it is
+    as large as the stored state. But 0 < a'_t < 1, so |e_t| <= sum_{k <= t} (|second| + |third|):
+    the error grows with the state and with t, at most linearly in each; never exponentially.
+    """
+    h = h_adv = torch.full_like(A, h).expand(len(clean[0]), -1, -1)         # (b, d, N)
+    for step in zip(*(v.unbind(1) for v in (*clean, *attacked))):
+        (a, b), (a_adv, b_adv) = ((torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, None])
+                                  for u, dt, B in (step[:3], step[3:]))     # (b, d, N) each
+        terms = a_adv * (h_adv - h), (a_adv - a) * h, b_adv - b
+        h, h_adv = a * h + b, a_adv * h_adv + b_adv
+        yield h, h_adv, *terms
+
+
+def local_gain(layer, u, outputs):
+    """sum_{s,j} |dy_{L,i} / du_{s,j}|: the l_inf gain near u of the last token.   Derived here, P3
+
+    layer  function  (B, L, H) -> (B, L, H')         outputs  indices i
+
+    Returns (B, len(outputs)). To first order |dy_i| <= this |du|_inf, reached by the signs of the
+    derivative; of a layer with fixed parameters it is the gain, whatever u is.
+    """
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        y = layer(u)[:, -1].sum(0)                                          # images do not mix
+        return torch.stack([torch.autograd.grad(y[i], u, retain_graph=True)[0].abs().sum((1, 2))
+                            for i in outputs], 1)
+
+
+# --------------------------------------------------------------------------------------------------
 # The network around it
 # --------------------------------------------------------------------------------------------------
 

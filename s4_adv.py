@@ -192,16 +192,28 @@ class S4(nn.Module):
         K = torch.fft.irfft(torch.exp(1j * a) * (CB - CP * c * PB / (1 + c * PP)), L)      # (H, L)
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
 
-    def recurrence(self, u):
-        """The definition: A' = (1 - dt/2 A)^-1 (1 + dt/2 A), B' = (1 - dt/2 A)^-1 dt B."""
+    def discrete(self, L):
+        """A' = (1 - dt/2 A)^-1 (1 + dt/2 A), B' = (1 - dt/2 A)^-1 dt B, C = C~ (1 - A'^L)^-1."""
         lam, P, B, C, dt = self.matrices()
         lam, P, B, C = (torch.cat([v, v.conj()], -1) for v in (lam, P, B, C))
         one = torch.eye(len(lam), dtype=lam.dtype, device=lam.device)
         A = dt[:, None, None] / 2 * (torch.diag(lam) - P[:, None] * P.conj())      # (H, N, N)
         B = torch.linalg.solve(one - A, dt[:, None] * B)                    # (H, N)
         A = torch.linalg.solve(one - A, one + A)                            # (H, N, N)
-        power = torch.matrix_power(A, u.shape[1])
-        C = torch.linalg.solve(one - power, C[:, None], left=False)[:, 0]   # (H, N)
+        power = torch.matrix_power(A, L)
+        return A, B, torch.linalg.solve(one - power, C[:, None], left=False)[:, 0]     # C (H, N)
+
+    def modes(self, L):
+        """|C| |B'| and |A'|_2, (H, 1) each: |K_l| <= |C| |A'|^l |B'|. A + A* < 0, so |A'|_2 < 1.
+
+        Not its eigenvalues: A is far from normal, and the eigenvectors' condition would enter.
+        """
+        A, B, C = self.discrete(L)
+        return (C.norm(dim=1) * B.norm(dim=1))[:, None], torch.linalg.matrix_norm(A, 2)[:, None]
+
+    def recurrence(self, u):
+        """The definition, step by step."""
+        A, B, C = self.discrete(u.shape[1])
         x, ys = torch.zeros_like(B).expand(len(u), -1, -1), []              # (B, H, N)
         for u_t in u.unbind(1):
             x = torch.einsum("hmn,bhn->bhm", A, x) + B * u_t[..., None]
@@ -236,6 +248,11 @@ class DSS(nn.Module):
         lam_dt = lam * self.log_dt.exp()[:, None]
         C = torch.view_as_complex(self.C)
         return lam_dt, C / lam * torch.expm1(lam_dt) / torch.expm1(lam_dt * L)
+
+    def modes(self, L):
+        """|C'_n| and |e^{lam_n dt}|, (H, N/2) each: |K_l| <= sum_n |C'_n| |e^{lam_n dt}|^l."""
+        lam_dt, C = self.matrices(L)
+        return C.abs(), lam_dt.exp().abs()
 
     def kernel(self, L):
         """K (H, L), D in K_0. The softmax's sum is geometric: sum_r q^r = (q^L - 1) / (q - 1)."""
@@ -326,6 +343,11 @@ class S5(nn.Module):
         B, C = map(torch.view_as_complex, (self.B, self.C))
         return lam_dt.exp(), (torch.expm1(lam_dt) / lam)[:, None] * B, C
 
+    def modes(self, L):
+        """|C_in| sum_j |B'_nj| (H, P) and |A'_n| (P,), as in DSS, for row i of K_l."""
+        A, B, C = self.matrices()
+        return C.abs() * B.abs().sum(1), A.abs()
+
     def kernel(self, L):
         """K (L, H, H) with K_l = Re(C A'^l B'), D included in K_0: y_t = sum_s K_s u_{t-s}."""
         A, B, C = self.matrices()
@@ -349,6 +371,111 @@ class S5(nn.Module):
         x = (u @ B).to(B.dtype).unflatten(-1, (-1, 2))                      # (B, L, P, 2)
         x = Scan.apply(A, torch.view_as_complex(x))                         # (B, L, P)
         return torch.addcmul(torch.view_as_real(x).flatten(2) @ C.T, self.D, u)     # (B, L, H)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a perturbation can do to a fixed map: dy = K * du, whatever u is
+# --------------------------------------------------------------------------------------------------
+
+def gain(ssm, L):
+    """max |dy_i|_inf over |du|_inf <= 1: sum_s sum_j |(K_s)_ij|, and du for it.  Derived here, P1
+
+    ssm  S4 | DSS | S5, in float64                              L  int  tokens
+
+    |dy_ti| <= sum_{s <= t} sum_j |(K_s)_ij| |du_{t-s,j}|: largest at t = L-1, and there an equality
+    for du_{L-1-s,j} = sign (K_s)_ij. K_s is diagonal in S4 and DSS.
+    Returns the gain (H,), and du: (1, L, H), of S5 (H, L, H), one for each channel i.
+    """
+    K = ssm.kernel(L)
+    if K.dim() == 2:                                                        # (H, L)
+        return K.abs().sum(1), K.sign().T.flip(0)[None]
+    return K.abs().sum((0, 2)), K.sign().flip(0).transpose(0, 1)            # from (L, H, H)
+
+
+def gain_bounds(ssm, L):
+    """sup_w sum_j |K^_ij(w)| <= gain_i <= |D_i| + sum_n g_in (1 - rho_n^L) / (1 - rho_n).
+
+    Arguments as gain. Returns both ends (H,); w on the 2L-th roots of 1.         Derived here, P2
+    Left: |K^(w)| = |sum_s K_s e^{-iws}| <= sum_s |K_s|. Right: |K_s| <= sum_n g_n rho_n^s (modes).
+    So the signal's gain at any frequency is below the error's: they cannot be turned apart far.
+    """
+    K, (g, rho) = ssm.kernel(L), ssm.modes(L)
+    if K.dim() == 2:
+        spectral = torch.fft.rfft(K, 2 * L).abs().amax(1)
+    else:
+        spectral = torch.fft.rfft(K, 2 * L, 0).abs().sum(2).amax(0)
+    return spectral, ssm.D.abs() + (g * (1 - rho ** L) / (1 - rho)).sum(1)
+
+
+def linear_block(block, L):
+    """M (L, H, H) with z + Block(z) = sum_s M_s z_{t-s} + out.bias.  ValueError if it has AdS."""
+    if not isinstance(block.middle, nn.Identity):
+        raise ValueError(f"a block with {type(block.middle).__name__} is not linear")
+    K = block.ssm.kernel(L)
+    M = block.out.weight @ (torch.diag_embed(K.T) if K.dim() == 2 else K)
+    return torch.cat([M[:1] + torch.eye(M.shape[1]).to(M), M[1:]])
+
+
+def normalised(c, r, e):
+    """Centre and radius of v / sqrt(mean v^2 + e) over the box |v - c| <= r: LayerNorm without its
+    mean, which is linear. c, r (..., H), e float.                                  Derived here
+
+    f(v_i, R) = v_i / sqrt((v_i^2 + R) / H + e) rises with v_i, and moves towards 0 as R, the sum of
+    the other squares, grows; in a box v_i and R are free of each other. So the ends lie at corners:
+    no other box is smaller, and the variance needs no bound from outside.
+    """
+    least, most = (c.abs() - r).clamp(min=0) ** 2, (c.abs() + r) ** 2
+    least, most = ((v.sum(-1, keepdim=True) - v).clamp(min=0) for v in (least, most))
+    low, high = (v / ((v * v + torch.where(sign * v > 0, least, most)) / v.shape[-1] + e).sqrt()
+                 for v, sign in ((c - r, -1), (c + r, 1)))
+    return (low + high) / 2, (high - low) / 2
+
+
+def certified_margin(model, x, y, eps):
+    """A lower bound of z_y - max_{k != y} z_k over |x' - x|_inf <= eps, x' in [0, 1].
+
+    Arguments as pgd; eps float or (B, 1, 1, 1); a Classifier without AdS, in float64.
+    Returns (B,): above 0, no x' is misclassified.  ValueError: see linear_block.
+
+    Boxes |v - c| <= r, as in Gowal et al. 2018 (1810.12715), Sec. 3: an affine map W takes c to
+    W c + b and r to |W| r; with W_s = pi M_s, the mean taken off by pi, this is the gain of the
+    whole block, token by token, and exact for each LayerNorm's input. The rest: `normalised`.
+    float64 rounds; each radius is widened by 1e-9 of itself and 1e-11 for that.
+    """
+    def affine(W, b, c, r):
+        """W (H, n) on tokens or W (L, H, H) convolved with them; c, r (B, L, n)."""
+        if W.dim() == 2:
+            c, r = c @ W.T, r @ W.abs().T
+        else:
+            c, r = (torch.fft.irfft(torch.einsum(
+                "wij,bwj->bwi", torch.fft.rfft(V, 2 * len(V), 0), torch.fft.rfft(v, 2 * len(V), 1)),
+                2 * len(V), 1)[:, :len(V)] for V, v in ((W, c), (W.abs(), r)))
+        return c + b, (1 + 1e-9) * r + 1e-11
+
+    H, P = model.head.in_features, model.patches.kernel_size[0]
+    pi = torch.eye(H).to(x) - 1 / H
+    low, high = ((x + way * eps).clamp(0, 1) for way in (-1, 1))
+    c, r = (F.unfold(v, P, stride=P).mT for v in ((low + high) / 2, (high - low) / 2))
+    c, r = affine(pi @ model.patches.weight.flatten(1), pi @ model.patches.bias, c, r)
+    for norm, block in zip([model.norm, *model.norms], [*model.blocks, None]):
+        c, r = normalised(c, r, norm.eps)
+        c, r = c * norm.weight + norm.bias, r * norm.weight.abs()
+        if block is not None:
+            M = linear_block(block, c.shape[1])
+            c, r = affine(pi @ M, pi @ block.out.bias, c, r)                # (B, L, H)
+    W = model.head.weight[y, None] - model.head.weight                      # (B, n_classes, H)
+    gap = model.head.bias[y, None] - model.head.bias + (
+        W @ c.mean(1)[..., None] - W.abs() @ r.mean(1)[..., None])[..., 0]
+    return gap.scatter(1, y[:, None], math.inf).amin(1)
+
+
+def certified_radius(model, x, y, steps=30):
+    """The largest eps with certified_margin > 0, (B,), by bisection of [0, 1]; 0 if x is wrong."""
+    low = torch.zeros(len(x), 1, 1, 1).to(x)
+    for k in range(1, steps + 1):
+        half = low + 2.0 ** -k
+        low = torch.where(certified_margin(model, x, y, half).view_as(low) > 0, half, low)
+    return low.flatten()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 import attention_adv
 import mamba_adv
 import s4_adv
-from ads import ACTIVATIONS, CONTROLS
+from ads import ACTIVATIONS, CONTROLS, error_parts
 from s4_adv import ascend, drawn_digits, fgsm, frozen, param_groups, pgd, pgd_at_loss, trades_loss
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
@@ -72,7 +72,8 @@ STATES = {"mamba": 16, "attention": 16}                              # d_state w
 # What may change on --resume, and what else on --evaluate.
 FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
 JOBS = ("checks", "eps_sweep", "steps_sweep", "transfer_from", "images")      # beside --attacks
-EVALUATION = ("evaluate", "eps", "alpha", "test_size", "batch_size", "seed", "precision", *JOBS)
+EVALUATION = ("evaluate", "analyse", "eps", "alpha", "test_size", "batch_size", "seed", "precision",
+              *JOBS)
 
 
 class UserError(Exception):
@@ -1640,7 +1641,7 @@ def growth_apart(*args):
             return None
 
 
-def measure(c, L):
+def timings(c, L):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
     jobs, which, costs = bench_jobs(c), 0 if c.device.startswith("cuda") else 1, {}
@@ -1678,7 +1679,7 @@ def bench(c):
         "    L  work             form   seconds    CPU s  spread  images/s  us/token   peak MB  "
         "kernel  times fast")
     for L in c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]:
-        for row in measure(c, L):
+        for row in timings(c, L):
             say("{L:5d}  {work:16} {form:5} {seconds:9.3f} {cpu_seconds:8.3f} {spread:7.0%} "
                 "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
                 "{times_fast:11.2f}".format(**row))
@@ -1687,6 +1688,236 @@ def bench(c):
         raise UserError(f"--batch-size {c.batch_size}: nothing fits into memory; give fewer")
     write_csv(Path(c.out) / "bench.csv", rows)
     held.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Analysis: the paper's argument in numbers (README, "The argument in one page"); the mathematics
+# stands beside the models
+# --------------------------------------------------------------------------------------------------
+
+def watch(model, x):
+    """The layers' sequence parts, and for each {name: (input, output)} on images x of the part
+    itself (""), and of what it is made of."""
+    mixers, hooks = [m for m in model.modules() if hasattr(m, "middle")], []
+    seen = [{} for _ in mixers]
+    for m, at in zip(mixers, seen):
+        for name, part in [("", m), *m.named_children()]:
+            hooks.append(part.register_forward_hook(
+                lambda _, args, out, at=at, name=name: at.update({name: (args[0], out)})))
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return mixers, seen
+
+
+def components(c, at):
+    """{name: (before, after)} of the parts that the paper's figure compares; at as in watch."""
+    last = at["middle"][0]
+    parts = {"mamba": {"SSM": (at[""][0], last)},
+             "attention": {"SSM": at.get("ema"), "attention": (at.get("gates", at[""])[0], last)}
+             }.get(c.model, {"SSM": at.get("ssm")})
+    if c.ads or c.control:
+        parts["AdS" if c.ads else c.control] = at["middle"]
+    return parts | {"Linear": at["out"]}
+
+
+def distances(f, g):
+    """MSE, KL of softmax over channels, MSE / mean square, of attacked g from clean f (B, L, .)."""
+    mse, p, q = (g - f).square().mean(), f.log_softmax(-1), g.log_softmax(-1)
+    return {"MSE": mse, "KL": (p.exp() * (p - q)).sum(-1).mean(),
+            "MSE / mean square": mse / f.square().mean()}
+
+
+def rms(v):
+    return v.square().mean().sqrt()
+
+
+def response(u, u_adv, y, y_adv):
+    """What a map does to the signal, and to the error that PGD made of it."""
+    seen = (y_adv - y).abs().max() / (u_adv - u).abs().max()
+    return {"signal, rms y / rms u": rms(y) / rms(u), "error seen, |dy| / |du|": seen,
+            "error seen, rms dy / rms du": rms(y_adv - y) / rms(u_adv - u),
+            "the same, relative to the signal": rms(y_adv - y) / rms(u_adv - u) * rms(u) / rms(y)}
+
+
+def fixed(script, ssm, u, u_adv, y, y_adv):
+    """P1, P2 of S4, DSS, S5 or the moving average on inputs u and outputs y, clean and attacked."""
+    L, numbers = u.shape[1], response(u, u_adv, y, y_adv)
+    (gain, worst), (spectral, modal) = script.gain(ssm, L), script.gain_bounds(ssm, L)
+    share = (y_adv - y).abs().amax((0, 1)) / gain / (u_adv - u).abs().max()
+    return {"gain ||K||_1, mean of channels": gain.mean(), "gain ||K||_1, largest": gain.max(),
+            "worst input reaches / gain": (ssm(worst).abs().amax((0, 1)) / gain).min(),
+            "spectral gain / gain, mean": (spectral / gain).mean(),
+            "modal bound / gain, median": (modal / gain).median(), **numbers,
+            "error seen / gain, largest": share.max()}
+
+
+def selective(mamba, u, u_adv):
+    """P3 of Mamba on the inputs of its scan, clean and attacked."""
+    def scan(v, given=None):
+        return mamba_adv.selective_scan(v, *(given or mamba.parameters_of(v)), mamba.D)
+    (dt, A, B, C), (dt_adv, _, B_adv, _) = given, _ = [mamba.parameters_of(v) for v in (u, u_adv)]
+    clean, attacked, L = (u, dt, B), (u_adv, dt_adv, B_adv), u.shape[1]
+    wrong, sizes = 0.0, []                                                  # of h, e, three terms
+    for h, h_adv, *terms in mamba_adv.scan_errors(clean, attacked, A):
+        wrong = max(wrong, float((h_adv - h - sum(terms)).abs().max()))
+        sizes.append(torch.stack([v.abs().amax((1, 2)).mean() for v in (h, h_adv - h, *terms)]))
+    sizes, numbers = torch.stack(sizes), response(u, u_adv, scan(u), scan(u_adv))
+    numbers["|e - its three terms|, largest"] = wrong
+    for t in dict.fromkeys((1, -(-L // 4), -(-L // 2), L)):
+        numbers[f"|e_t|, t = {t}"] = sizes[t - 1, 1]
+    numbers["|h_t|, t = L"], total = sizes[-1, 0], sizes[:, 2:].mean(0).sum()
+    for k, name in enumerate(("a' e carried", "(a' - a) h stored", "b' - b fed")):
+        numbers[f"share of {name}"] = sizes[:, 2 + k].mean() / total
+    numbers["|e_L| / its linear bound"] = sizes[-1, 1] / sizes[:, 3:].sum()
+    token = [[v[:, L // 2:L // 2 + 1] for v in vs] for vs in (clean, attacked)]
+    for M in (1, 10, 100, 1000):
+        _, h_adv, _, moved, fed = next(mamba_adv.scan_errors(*token, A, float(M)))
+        numbers[f"|e| after a token, state {M}"] = (moved + fed).abs().amax((1, 2)).mean()
+    outputs = range(0, u.shape[2], -(-u.shape[2] // 32))
+    for name, f in (("it selects", scan), ("selection held", lambda v: scan(
+            v, [w[:16] if w.dim() > 2 else w for w in given]))):
+        gains = mamba_adv.local_gain(f, u[:16], outputs)
+        numbers[f"local gain, {name}, mean"], numbers[f"local gain, {name}, max"] = (
+            gains.mean(), gains.max())
+    return numbers
+
+
+def clipped(mega, u, u_adv):
+    """P4 of attention on the inputs of Mega, clean and attacked; of 20 images."""
+    (P, V), (P_adv, V_adv) = (mega.mixing(v[:20]) for v in (u, u_adv))
+    error, bound, tv, osc = attention_adv.attention_error(P, V, P_adv, V_adv)
+    return {"|P'V' - PV|, largest": error.max(), "error / bound, largest": (error / bound).max(),
+            "error / bound, mean": (error / bound).mean(), "TV(P', P), mean": tv.mean(),
+            "TV(P', P), largest": tv.max(), "osc(V), mean": osc.mean(),
+            "|dV|, largest": (V_adv - V).abs().max(),
+            "share of TV osc in the bound": (tv * osc).mean() / bound.mean()}
+
+
+def scaled(ads, y, y_adv):
+    """P5 of AdS on its inputs, clean and attacked. Shares are <term, error> / <error, error>."""
+    *terms, removed = error_parts(ads, y, y_adv)
+    error, numbers = sum(terms), {}
+    for name, term in zip(("s' dy", "(s' - s) y", "t' - t"), terms):
+        numbers[f"share of {name}"] = (term * error).sum() / error.square().sum()
+    numbers |= {"rms error after / before": rms(error) / rms(y_adv - y),
+                "error removed exactly": removed.double().mean()}
+    for when, v in (("clean", y), ("attacked", y_adv)):
+        for name, w in zip("st", ads.scale_and_shift(v)):
+            numbers |= {f"{name}, {when}: mean": w.mean(), f"{name}, {when}: std": w.std(),
+                        f"{name}, {when}: share of 0": (w == 0).double().mean()}
+    return numbers
+
+
+def measure(c, model, x, y):
+    """Yields (statement, layer, quantity, value), on images x and PGD-10 at c.eps against model."""
+    x_adv = pgd(model, x, y, c.eps, c.alpha, 10)
+    (mixers, clean), (_, attacked) = watch(model, x), watch(model, x_adv)
+    for k, (m, at, at_adv) in enumerate(zip(mixers, clean, attacked), 1):
+        found, inputs = {}, {name: (at[name][0], at_adv[name][0]) for name in at}
+        if c.model == "mamba":
+            found["P3 data-dependent: the selective scan"] = selective(m, *inputs["select"])
+        else:
+            name = "ema" if c.model == "attention" else "ssm"
+            found["P1, P2 fixed parameters: " + type(getattr(m, name)).__name__] = fixed(
+                SCRIPTS[c.model], getattr(m, name), *inputs[name], at[name][1], at_adv[name][1])
+        if c.model == "attention":
+            found["P4 attention"] = clipped(m, *inputs[""])
+        if c.ads:
+            found["P5 AdS"] = scaled(m.middle, *inputs["middle"])
+        changes = found["change rate, clean against attacked features"] = {}
+        pairs = zip(components(c, at).items(), components(c, at_adv).values())
+        for (name, before_after), before_after_adv in pairs:
+            before, after = (distances(f, g) for f, g in zip(before_after, before_after_adv))
+            changes |= {f"{name}: {what}": (after[what] - v) / v for what, v in before.items()}
+        for statement, numbers in found.items():
+            for what, value in numbers.items():
+                yield statement, k, what, float(value)
+
+
+def certify(c, model, x, y):
+    """Yields as measure, of the whole model (layer 0): what is certified, and PGD-10 beside it."""
+    radius, right = s4_adv.certified_radius(model, x, y), hits(model, x, y)
+    yield "certified", 0, "accuracy, clean", float(right.double().mean())
+    yield "certified", 0, "radius * 255, median of correct", 255 * float(radius[right].median())
+    yield "certified", 0, "radius * 255, largest", 255 * float(radius.max())
+    for eps in (c.eps / 4 ** k for k in range(7)):
+        robust = right & hits(model, pgd(model, x, y, eps, eps / 4, 10), y)
+        for name, ok in ("certified", radius >= eps), ("PGD-10", robust):
+            yield "certified", 0, f"{name}, eps {255 * eps:.2g}/255", float(ok.double().mean())
+
+
+def analyse(c, state):
+    """--analyse: one table for each statement, also as CSV, JSON and figure in --out.
+
+    In float64, on the first --test-size images, test and training. start: the weights at
+    initialisation, which follow from the seed, on the test images.
+    """
+    start, data, rows, n = build(c).double(), load_data(c), [], c.test_size
+    jobs = [("test", start), ("train", start)]
+    if state:
+        model = build(c).double()
+        model.load_state_dict(state["model"])
+        jobs = [("start", start), ("test", model), ("train", model)]
+    say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {n} images, "
+        f"eps {show(c.eps)}, seed {c.seed}")
+    for on, model in jobs:
+        x, y = (v[:n] for v in data["train" if on == "train" else "test"])
+        x = x.double() / 255
+        torch.manual_seed(seed_of(c.seed, "analysis", on))
+        with frozen(model):
+            found = list(measure(c, model, x, y))
+            if on != "train" and SCRIPTS[c.model] is s4_adv and not (c.ads or c.control):
+                found += certify(c, model, x, y)
+        rows += [dict(zip(("statement", "on", "layer", "quantity", "value"), (s, on, *rest)))
+                 for s, *rest in found]
+    for statement in dict.fromkeys(r["statement"] for r in rows):
+        these = [r for r in rows if r["statement"] == statement]
+        columns = list(dict.fromkeys((r["on"], r["layer"]) for r in these))
+        say(f"\n{statement:45}" + "".join(f"{on} {k or ''}".rjust(10) for on, k in columns))
+        for what in dict.fromkeys(r["quantity"] for r in these):
+            values = {(r["on"], r["layer"]): r["value"] for r in these if r["quantity"] == what}
+            say(f"  {what:43}" + "".join(f"{values[k]:10.4g}" for k in columns))
+    if rank() == 0:
+        out = Path(c.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
+                            "--out") from e
+        stem = Path(c.analyse).stem + "-analysis" if state else "analysis"
+        write_csv(out / f"{stem}.csv", rows)
+        write(out / f"{stem}.json", json.dumps(
+            {"n": n, "rows": rows, "config": vars(c), **machine(c)}, indent=1))
+        draw_changes(out / f"{stem}.png", [r for r in rows if r["statement"].startswith("change")])
+
+
+def draw_changes(path, rows):
+    """The paper's figure: by what each part multiplies the error, 1 + its change rate, as PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("no figure: matplotlib is not installed here")
+    what = list(dict.fromkeys(r["quantity"].split(": ")[1] for r in rows))
+    parts = list(dict.fromkeys((r["layer"], r["quantity"].split(": ")[0]) for r in rows))
+    figure, file = Figure((9, 1.2 + 0.3 * len(parts)), layout="constrained"), io.BytesIO()
+    for ax, measure in zip(figure.subplots(1, len(what), sharey=True), what):
+        for on, mark, face in (("start", "x", "none"), ("test", "o", "black"),
+                               ("train", "o", "none")):
+            points = [(1 + r["value"], parts.index((r["layer"], r["quantity"].split(": ")[0])))
+                      for r in rows if r["on"] == on and r["quantity"].endswith(f": {measure}")]
+            if points:
+                ax.plot(*zip(*points), mark, color="black", mfc=face, label=on,
+                        ms=9 if on == "train" else 5)
+        ax.axvline(1, color="black", lw=0.8)
+        ax.set(xscale="log", xlabel=f"{measure}, after / before", ylim=(len(parts) - 0.5, -0.5),
+               yticks=range(len(parts)), yticklabels=[f"{part} {k}" for k, part in parts])
+        ax.grid(axis="y", color="0.85")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(file, format="png", dpi=150)
+    write(path, file.getvalue())
+    say(f"\nwritten: {path}, and its numbers as CSV and JSON")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1826,6 +2057,9 @@ def parser():
          help="with --evaluate: draw eight images, their perturbations and adversarial images")
     flag("--plot", nargs="+", metavar="RUN", shown="train",
          help="draw the accuracies over epochs of these runs' folders into --out FILE.png")
+    flag("--analyse", nargs="?", const=True, metavar="CKPT", shown="train",
+         help="the paper's theory in numbers, on 100 images or --test-size, of this checkpoint or "
+              "of the flags' model at initialisation")
     return p, defaults
 
 
@@ -1850,6 +2084,9 @@ def settings(argv):
     path, flag, state, free = c.resume, "--resume", None, FREE
     if c.evaluate:
         path, flag, free = c.evaluate, "--evaluate", FREE + EVALUATION
+    if c.analyse:
+        path, flag, free = c.analyse, "--analyse", FREE + EVALUATION
+        path, c.test_size = None if path is True else path, given.get("test_size", 100)
     if isinstance(path, str):
         if not Path(path).exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")
@@ -1858,19 +2095,23 @@ def settings(argv):
         c.bench and "bench", c.dataset, c.model, c.ads and f"ads_{c.ads}", c.control, c.method,
         f"seed{c.seed}")))
     if path:
-        file = isinstance(path, str) and Path(path).is_file()
-        state = read_checkpoint(Path(path), flag) if file else find_checkpoint(Path(c.out))
+        path = path if isinstance(path, str) else c.out
+        file = Path(path).is_file()
+        state = read_checkpoint(Path(path), flag) if file else find_checkpoint(Path(path))
         if c.resume and state and "optimizer" not in state:
             raise UserError(f"--resume {path}: this holds weights for --evaluate, not a run; give "
                             "last.pt or the run's folder")
+        if state is None and free is not FREE:
+            raise UserError(f"{flag} {path}: there is no checkpoint in that folder; give another")
         if state is None and (begun := Path(c.out) / "config.json").exists():
             config = json.loads(begun.read_text())                      # cut before its first save
             config = {"config": {k: config[k] for k in vars(c) if k in config}}
             return check(restored(c, given, config, path, free)), None
-        if state is None and isinstance(path, str):
+        if state is None and isinstance(c.resume, str):
             raise UserError(f"--resume {path}: there is no run in this folder; leave the flag out "
                             "to begin one")
-    elif any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")):
+    elif any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")) and (
+            not c.analyse):
         raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
                         "another --out")
     c = restored(c, given, state, path, free) if state else c
@@ -1886,7 +2127,8 @@ def restored(c, given, state, path, free):
         if k not in free and config.get(k, v) != v:
             raise UserError(f"--{k.replace('_', '-')} {v}: {path if c.evaluate else c.out} was "
                             f"trained with {config[k]}; leave the flag out, or choose another run")
-    own = ("device", "resume", "evaluate", "out") + (("test_size",) if c.evaluate else ())
+    own = ("device", "resume", "evaluate", "analyse", "out")
+    own += ("test_size",) * bool(c.evaluate or c.analyse)
     kept = {k: v for k, v in config.items() if k not in own}
     return SimpleNamespace(**{**vars(c), **kept, **{k: given[k] for k in free if k in given}})
 
@@ -1915,6 +2157,8 @@ def check(c):
     if c.checks and (not c.eps or c.classes < 4):
         raise UserError(f"--checks need an eps above 0 and 4 classes; here are eps {show(c.eps)} "
                         f"and {c.classes} classes")
+    if c.analyse and not c.eps:
+        refuse("eps", "an analysis needs a perturbation; give a radius above 0")
     if not 0 < c.lr < math.inf:
         refuse("lr", "it must be a number above 0")
     if min(c.yopo) < 1:
@@ -1990,8 +2234,8 @@ def main(argv=None):
             return 0
         if c.evaluate:
             return evaluate_checkpoint(c, state)
-        if c.bench:
-            bench(c)
+        if c.bench or c.analyse:
+            bench(c) if c.bench else analyse(c, state)
             return 0
         data = load_data(c)                                             # before anything is written
         held = lock(Path(c.out)) if rank() == 0 else None
