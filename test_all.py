@@ -1781,7 +1781,8 @@ def test_targets_beyond_the_other_classes_are_capped_and_only_what_is_robust_is_
 # --- the ensemble -----------------------------------------------------------------------------
 
 def ensemble_c(**kw):
-    return SimpleNamespace(**{"eps": 0.03, "classes": 5, "batch_size": 10, "seed": 0} | kw)
+    return SimpleNamespace(**{"eps": 0.03, "alpha": 0.01, "classes": 5, "batch_size": 10,
+                              "seed": 0} | kw)
 
 
 def test_autoattack_is_the_worst_case_of_four_attacks_each_on_what_is_left(monkeypatch):
@@ -2351,6 +2352,13 @@ def report(checkpoint, name="evaluation"):
     return json.loads(checkpoint.with_name(f"{checkpoint.stem}-{name}.json").read_text())
 
 
+def batches(monkeypatch):
+    """A list that grows by one with every batch that an attack is run on."""
+    real, calls = train.still_right, []
+    monkeypatch.setattr(train, "still_right", lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
 def plain(report):
     """Without what no two evaluations share."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in report["rows"]]
@@ -2522,18 +2530,22 @@ def test_checks_are_printed_written_and_decide_the_exit_code(trained, capsys, mo
     assert found["checks"][1]["numbers"] == {"n": 20}
     assert train.main(["--evaluate", str(trained[0]), "--checks", "--device", "cpu"]) == 1
     assert report(trained[0], "checks")["checks"][1]["numbers"] == {"n": 200}   # unless told
+    assert evaluates(trained[0], "--checks", size="210") == 1
+    assert report(trained[0], "checks")["checks"][1]["numbers"] == {"n": 210}
 
 
 # --- sweeps, transfer, cuts -----------------------------------------------------------------------
 
-def test_sweeps_are_rows_at_their_radius_and_steps_and_equal_single_evaluations(trained, capsys):
-    checkpoint = trained[0]
+def test_sweeps_are_rows_at_their_radius_and_steps_and_equal_single_evaluations(
+        trained, capsys, monkeypatch):
+    checkpoint, calls = trained[0], batches(monkeypatch)
     assert evaluates(checkpoint, "--eps-sweep", "0,4/255,0.5", "--steps-sweep", "1,10",
                      "--attacks", "clean,pgd-2", "--eps", "8/255", "--alpha", "2/255") == 0
     rows, out = report(checkpoint)["rows"], capsys.readouterr().out
     assert [r["attack"] for r in rows] == ["clean"] + 4 * ["pgd-2"] + ["pgd-1", "pgd-10"]
     assert [round(r["alpha"], 6) for r in rows[2:5]] == [0, round(1 / 255, 6), 0.125]
     assert rows[2]["accuracy"] == rows[0]["accuracy"] and "pgd-2, eps 4/255" in out
+    assert len(calls) == 7 * 3                                          # no row serves for another
     table = checkpoint.with_name("best-evaluation.csv").read_text()
     assert len(table.splitlines()) == 8 and list(checkpoint.parent.glob("*.part")) == []
     assert evaluates(checkpoint, "--eps", "4/255", "--alpha", "1/255", "--attacks", "pgd-2") == 0
@@ -2546,7 +2558,7 @@ def test_without_attacks_only_what_is_asked_for_is_measured(trained):
 
 
 def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeypatch):
-    attacked = []
+    attacked, calls = [], batches(monkeypatch)
 
     def black(model, x, y, *rest):
         attacked.append(type(model))
@@ -2555,7 +2567,7 @@ def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeyp
     assert evaluates(trained[0], "--transfer-from", str(trained[1]), "--attacks", "fgsm") == 0
     rows = report(trained[0])["rows"]
     assert [r["attack"] for r in rows] == ["fgsm", "transfer: pgd-10", "transfer: fgsm"]
-    assert set(attacked) == {mamba_adv.Classifier}
+    assert set(attacked) == {mamba_adv.Classifier} and len(calls) == 3 * 3
     c, state = train.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
     c.test_size, model = 20, train.load_model(c, state)
     x, y = train.load_data(c)["test"]
