@@ -2678,3 +2678,298 @@ def test_sweeps_and_images_are_drawn_and_without_matplotlib_the_tables_still_com
         [str(v) for v in row] for row in zip(range(8), y.tolist(), clean.tolist())]
     if not there:
         assert train.main(["--plot", str(tmp_path), "--out", str(tmp_path / "c.png")]) == 2
+
+
+# ---- The theory: gains, bounds and identities (P1 to P5), a certificate, --analyse ---------------
+
+fixed_map, few = each("s4", "dss", "s5"), pytest.mark.parametrize("L", (1, 7, 16))
+
+
+def some_map(kind):
+    return scrambled(MAPS[kind](6, 8))
+
+
+def gain_of(kind):
+    return (attention_adv if kind == "ema" else s4_adv).gain
+
+
+@few
+@torch.no_grad()
+def test_p1_the_gain_is_reached_by_its_worst_input_and_never_passed(kind, L):
+    ssm = some_map(kind)
+    gain, worst = gain_of(kind)(ssm, L)
+    u = randn(len(worst), L, 6)
+    seen = (ssm.recurrence(u + 0.1 * worst) - ssm.recurrence(u)).abs().amax((0, 1))
+    assert worst.abs().max() <= 1
+    close(seen, 0.1 * gain, 1e-10)                                      # whatever u is
+    du = torch.cat([randn(50, L, 6).sign(), 2 * torch.rand(50, L, 6, dtype=torch.float64) - 1])
+    assert (ssm.recurrence(du).abs().amax((0, 1)) <= gain + 1e-10).all()
+
+
+@few
+@torch.no_grad()
+def test_p2_the_gain_lies_between_the_spectral_gain_and_the_modal_bound(kind, L):
+    ssm = some_map(kind)
+    gain, (spectral, modal) = gain_of(kind)(ssm, L)[0], (
+        attention_adv if kind == "ema" else s4_adv).gain_bounds(ssm, L)
+    total = ssm.kernel(L).abs().sum(1) if kind == "ema" else gain       # ||K||_1 of all 2L - 1 lags
+    wave = torch.exp(2j * math.pi * 3 / (2 * L) * torch.arange(L, dtype=torch.float64))
+    last = sum(ssm(part.flip(0)[None, :, None].expand(1, L, 6))[:, -1] * unit
+               for part, unit in ((wave.real, 1), (wave.imag, 1j)))[0].abs()
+    assert (spectral <= total + 1e-10).all() and (total <= modal + 1e-10).all()
+    assert (gain <= total + 1e-10).all()
+    if kind in ("s4", "dss") and L >= 3:                                # one of the 2L frequencies
+        assert (last <= spectral + 1e-10).all() and (last > 0.01 * spectral).any()
+
+
+@torch.no_grad()
+def test_p2_is_an_equality_on_both_sides_where_every_mode_is_real_and_positive():
+    ema, s5 = some_map("ema"), some_map("s5")
+    for w in (ema.beta, ema.gamma, ema.omega, s5.D, s5.B, s5.C):
+        w.abs_()
+    s5.imag.zero_()
+    s5.B[..., 1], s5.C[..., 1] = 0, 0
+    spectral, modal = attention_adv.gain_bounds(ema, 16)
+    close(spectral, modal, 1e-10)
+    spectral, modal = s4_adv.gain_bounds(s5, 16)
+    close(spectral, modal, 1e-10)
+    close(spectral, s4_adv.gain(s5, 16)[0], 1e-10)
+
+
+def scan_pair(L=12):
+    u, dt, A, B, _, _ = scan_inputs(2, L, 3, 4)
+    move = [v + 0.1 * randn(*v.shape) for v in (u, dt.log(), B)]
+    return (u, dt, B), (move[0], move[1].exp(), move[2]), A
+
+
+def states(fed, A):
+    """h (b, L, d, N) of the definition: one component of C at a time."""
+    u, dt, B = fed
+    none = torch.zeros_like(A[:, 0])
+    return torch.stack([mamba_adv.selective_scan_loop(u, dt, A, B, unit.expand_as(B), none)
+                        for unit in torch.eye(A.shape[1], dtype=A.dtype)], -1)
+
+
+def test_p3_the_error_of_a_selective_scan_is_the_sum_of_its_three_terms_and_grows_linearly():
+    clean, attacked, A = scan_pair()
+    error, reach = states(attacked, A) - states(clean, A), 0
+    for t, (h, h_adv, *terms) in enumerate(mamba_adv.scan_errors(clean, attacked, A)):
+        close(sum(terms), error[:, t], 1e-10)
+        close(h_adv - h, error[:, t], 1e-10)
+        before = error[:, t - 1] if t else torch.zeros_like(h)
+        close(terms[0], torch.exp(attacked[1][:, t, :, None] * A) * before, 1e-10)
+        reach = reach + sum(v.abs() for v in terms[1:])
+        assert (error[:, t].abs() <= reach + 1e-10).all()
+    assert t == 11
+
+
+def test_p3_the_error_is_linear_in_the_stored_state_and_independent_of_it_without_selection():
+    clean, attacked, A = scan_pair(L=1)
+
+    def moved(M, attacked):
+        return next(mamba_adv.scan_errors(clean, attacked, A, M))[3]
+    assert moved(1.0, attacked).abs().max() > 1e-3
+    for M in (10.0, 100.0, 1000.0):
+        close(moved(M, attacked), M * moved(1.0, attacked), 1e-10)
+    u, _, B = attacked
+    fixed = [next(mamba_adv.scan_errors(clean, (u, clean[1], B), A, M)) for M in (1.0, 1000.0)]
+    close(fixed[0][1] - fixed[0][0], fixed[1][1] - fixed[1][0], 1e-10)  # dt is what selects A'
+
+
+def test_p3_the_local_gain_is_the_gain_of_a_fixed_map_and_a_first_order_bound_of_mamba(fixed_map):
+    ssm = some_map(fixed_map)
+    close(mamba_adv.local_gain(ssm, randn(2, 7, 6), range(6)),
+          s4_adv.gain(ssm, 7)[0].expand(2, 6), 1e-9)
+    mamba, u = scrambled(mamba_adv.Mamba(6, 4)), randn(1, 7, 6).requires_grad_()
+    slope, = torch.autograd.grad(mamba(u)[0, -1, 2], u)
+    with torch.no_grad():
+        moves = [(mamba(u + du) - mamba(u))[0, -1, 2].abs() / 1e-6
+                 for du in 1e-6 * torch.cat([slope.sign(), randn(20, 7, 6).sign()])]
+    gain = mamba_adv.local_gain(mamba, u, [2])[0, 0]
+    close(moves[0], gain, 1e-4)
+    assert max(moves) <= gain * (1 + 1e-4)
+
+
+@torch.no_grad()
+def test_p4_attention_clips_the_error_and_a_jump_of_all_its_mass_reaches_the_bound():
+    for size in (0.01, 1, 100):
+        V, scores = randn(3, 7, 5), randn(3, 7, 7)
+        V_adv, scores_adv = V + size * randn(3, 7, 5), scores + size * randn(3, 7, 7)
+        error, bound, tv, osc = attention_adv.attention_error(
+            scores.softmax(-1), V, scores_adv.softmax(-1), V_adv)
+        assert (error <= bound + 1e-12).all() and (tv <= 1 + 1e-12).all() and (osc > 0).all()
+    V = randn(1, 7, 1)
+    P, P_adv = (F.one_hot(V[..., 0].sort(1)[1][:, [k]], 7).double().expand(1, 7, 7) for k in (0, 6))
+    error, bound, tv, osc = attention_adv.attention_error(P, V, P_adv, V + 0.1)
+    close(error, bound, 1e-12)
+    close(bound, (V.max() - V.min() + 0.1).expand(1, 7, 1), 1e-12)
+
+
+@torch.no_grad()
+def test_p4_mixing_is_what_mega_computes_with():
+    mega, u, fed = scrambled(attention_adv.Mega(6, 4, 8, 5, max_len=9)), randn(2, 9, 6), []
+    mega.middle.register_forward_hook(lambda module, args, out: fed.append(args[0]))
+    mega(u)
+    P, V = mega.mixing(u)
+    reset = mega.gates(F.silu(mega.ema(u))).split(mega.sizes, -1)[2]
+    close(P.sum(-1), torch.ones(2, 9).double(), 1e-12)
+    close(P @ V * F.silu(reset), fed[0], 1e-12)
+
+
+@pytest.mark.parametrize("activation", ads.ACTIVATIONS)
+@torch.no_grad()
+def test_p5_the_error_after_ads_is_its_three_terms_and_relu_removes_some_of_it_exactly(activation):
+    module, y = scrambled(ads.AdaptiveScaling(6, activation)), randn(40, 6)
+    y_adv = y + 0.3 * randn(40, 6)
+    *terms, removed = ads.error_parts(module, y, y_adv)
+    s, s_adv = (module.scale_and_shift(v)[0] for v in (y, y_adv))
+    close(sum(terms), module(y_adv) - module(y), 1e-12)
+    close(terms[0], s_adv * (y_adv - y), 1e-12)
+    close(terms[1], (s_adv - s) * y, 1e-12)
+    both = sum((layer(v) > 0).int() for layer in (module.scale, module.shift) for v in (y, y_adv))
+    assert torch.equal(removed, (both == 0) & torch.tensor(activation == "relu"))
+    assert (module(y_adv) - module(y))[removed].eq(0).all() and (
+        0 < int(removed.sum()) < removed.numel() or activation != "relu")
+
+
+@torch.no_grad()
+def test_the_box_of_a_normalised_vector_is_sound_and_no_smaller_one_is():
+    for c, r in ((randn(20, 4), 0.3), (randn(20, 4), 2.0), (randn(20, 4), 0.0)):
+        r = r * torch.rand(20, 4, dtype=torch.float64)
+        centre, radius = s4_adv.normalised(c, r, 1e-5)
+        ends = torch.stack([c - r, c + r, torch.minimum(torch.maximum(c - r, 0 * c), c + r)])
+        grid = torch.cartesian_prod(*[torch.arange(3)] * 4)                 # an extreme is at one
+        v = torch.stack([ends[g, :, torch.arange(4)].T for g in grid])      # (81, 20, 4)
+        f = v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        close(f.amax(0), centre + radius, 1e-12)
+        close(f.amin(0), centre - radius, 1e-12)
+        v = c + r * (2 * torch.rand(500, 20, 4, dtype=torch.float64) - 1)
+        f = v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        assert ((f - centre).abs() <= radius + 1e-12).all()
+
+
+@torch.no_grad()
+def test_a_block_with_its_residual_is_the_convolution_with_linear_block(fixed_map):
+    block, z = scrambled(s4_adv.Block(6, 4, ssm=fixed_map)), randn(2, 7, 6)
+    M = s4_adv.linear_block(block, 7)
+    by_hand = torch.stack([sum(z[:, t - s] @ M[s].T for s in range(t + 1)) for t in range(7)], 1)
+    close(by_hand + block.out.bias, z + block(z), 1e-10)
+    with pytest.raises(ValueError, match="AdaptiveScaling is not linear"):
+        s4_adv.linear_block(s4_adv.Block(6, 4, ads="relu"), 7)
+
+
+def true_margin(model, x, y):
+    """z_y - max_{k != y} z_k."""
+    z = model(x)
+    return z.gather(1, y[:, None])[:, 0] - z.scatter(1, y[:, None], -math.inf).amax(1)
+
+
+def test_the_certificate_is_exact_at_eps_0_and_no_attack_leaves_it(fixed_map):
+    model, (x, _) = tiny(fixed_map), images(8)
+    y = model(x).argmax(1)
+    close(s4_adv.certified_margin(model, x, y, 0.0), true_margin(model, x, y), 1e-7)
+    radius, tightest = s4_adv.certified_radius(model, x, y), math.inf
+    assert (radius > 1e-5).all()
+    with s4_adv.frozen(model), torch.no_grad():
+        for eps in (1e-4, 1e-3, 1e-2, radius.view(-1, 1, 1, 1), 0.1):
+            bound = s4_adv.certified_margin(model, x, y, eps)
+            points = [x + eps * (2 * torch.rand_like(x) - 1) for _ in range(20)]
+            points += [x + eps * randn(*x.shape).sign() for _ in range(20)]
+            step = torch.as_tensor(eps) / 4
+            points += [s4_adv.ascend(model, lambda v: -true_margin(model, v, y).sum(), x, p, eps,
+                                     step, 12) for p in points[-3:]]
+            gaps = [true_margin(model, p.clamp(0, 1), y) - bound for p in points]
+            assert min(gap.min() for gap in gaps) >= 0
+            tightest = min(tightest, *(float((g / (true_margin(model, x, y) - bound)).min())
+                                       for g in gaps))
+    assert tightest < 0.99                               # the attack uses some of what is allowed
+    assert (s4_adv.certified_margin(model, x, y, radius.view(-1, 1, 1, 1)) > 0).all()
+    assert (s4_adv.certified_margin(model, x, y, radius.view(-1, 1, 1, 1) + 2e-9) <= 0).all()
+    assert s4_adv.certified_radius(model, x, (y + 1) % 3).eq(0).all()
+
+
+ANALYSIS = [*TINY, "--test-size", "6", "--data-dir", "nowhere"]
+
+
+def rows_of(folder, stem):
+    assert len((folder / f"{stem}.csv").read_text().splitlines()) > 10
+    rows = json.loads((folder / f"{stem}.json").read_text())["rows"]
+    assert all(math.isfinite(r["value"]) for r in rows)
+    return {(r["statement"], r["on"], r["layer"], r["quantity"]): r["value"] for r in rows}
+
+
+@pytest.mark.parametrize("options", ([], ["--ads"], ["--control", "mlp"]), ids=str)
+def test_analyse_measures_every_model_at_initialisation(name, options, tmp_path, capsys):
+    assert trains(tmp_path, "--analyse", *ANALYSIS, "--model", name, *options) == 0
+    rows = rows_of(tmp_path, "analysis")
+    text, statements = capsys.readouterr().out, {key[0].split()[0] for key in rows}
+    assert statements == {"P3" if name == "mamba" else "P1,", "change"} | (
+        {"P4"} if name == "attention" else set()) | ({"P5"} if options == ["--ads"] else set()) | (
+        {"certified"} if name in ("s4", "dss", "s5") and not options else set())
+    assert "at initialisation" in text and all(key[3] in text for key in rows)
+    for (statement, on, layer, what), value in rows.items():
+        if what == "worst input reaches / gain":
+            assert abs(value - 1) < 1e-10
+        if what == "|e - its three terms|, largest":
+            assert value < 1e-10
+        if what in ("error seen / gain, largest", "error / bound, largest"):
+            assert 0 < value <= 1
+        if statement.startswith("P5") and "share of" in what and "share of 0" not in what:
+            shares = [v for k, v in rows.items() if k[:3] == (statement, on, layer)
+                      and k[3].startswith("share of")]
+            assert abs(sum(shares) - 1) < 1e-10
+
+
+def test_analyse_measures_a_checkpoint_beside_its_initialisation(tmp_path, capsys):
+    assert trains(tmp_path / "run", *TINY) == 0
+    best = str(tmp_path / "run" / "best.pt")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert trains(tmp_path / "a", "--analyse", best, "--test-size", "6") == 0
+    assert trains(tmp_path / "b", "--analyse", *ANALYSIS) == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    trained, start = rows_of(tmp_path / "a", "best-analysis"), rows_of(tmp_path / "b", "analysis")
+    gain = "P1, P2 fixed parameters: S4", 1, "gain ||K||_1, largest"
+    assert trained[gain[0], "start", *gain[1:]] == start[gain[0], "test", *gain[1:]]
+    model = train.build(settings("--dataset", "synthetic", *TINY))
+    model.load_state_dict(weights(tmp_path / "run", "best.pt"))
+    by_hand = float(model.double().blocks[0].ssm.kernel(4).abs().sum(1).max())
+    assert abs(trained[gain[0], "test", *gain[1:]] - by_hand) < 1e-10
+    assert trained[gain[0], "test", *gain[1:]] != trained[gain[0], "start", *gain[1:]]
+    drawn = (tmp_path / "a" / "best-analysis.png").exists()
+    assert drawn or "no figure: matplotlib is not installed here" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_the_parts_that_the_figure_compares_follow_each_other_and_their_change_is_by_hand():
+    f, g, h, k = randn(4, 2, 3, 5)
+    p, q = f.softmax(-1), g.softmax(-1)
+    found, later = train.distances(f, g), train.distances(h, k)
+    close(found["MSE"], ((f - g) ** 2).sum() / 30, 1e-12)
+    close(found["KL"], (p * (p / q).log()).sum() / 6, 1e-12)
+    close(found["MSE / mean square"], ((f - g) ** 2).sum() / (f ** 2).sum(), 1e-12)
+    close(train.distances(7 * f, 7 * g)["MSE / mean square"], found["MSE / mean square"], 1e-12)
+    for name in MODELS:
+        c = SimpleNamespace(model=name, ads="relu", control=None)
+        mixers, seen = train.watch(model := tiny(name, ads="relu"), images()[0])
+        assert len(mixers) == 2 and not any(m._forward_hooks for m in model.modules())
+        parts = train.components(c, seen[1])
+        assert list(parts) == ["SSM", *["attention"] * (name == "attention"), "AdS", "Linear"]
+        assert parts["AdS"][1] is parts["Linear"][0]
+        assert parts["SSM" if name != "attention" else name][1] is parts["AdS"][0]
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--analyse --eps 0", "--eps 0.0: an analysis needs a perturbation; give a radius above 0"),
+    ("--analyse nowhere.pt", "--analyse nowhere.pt: there is no such file or folder"),
+    ("--analyse EMPTY", "--analyse EMPTY: there is no checkpoint in that folder"),
+    ("--analyse --dataset cifar10 --data-dir EMPTY", "put torchvision's files into"),
+])
+def test_analyse_refuses_what_it_cannot_do_and_writes_nothing(
+        words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "download", refused)
+    (tmp_path / "EMPTY").mkdir()
+    words = words.split() + ([] if "--dataset" in words else ["--dataset", "synthetic"])
+    assert train.main([*words, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*")] == ["EMPTY"]

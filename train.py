@@ -1775,10 +1775,10 @@ def selective(mamba, u, u_adv):
     for M in (1, 10, 100, 1000):
         _, h_adv, _, moved, fed = next(mamba_adv.scan_errors(*token, A, float(M)))
         numbers[f"|e| after a token, state {M}"] = (moved + fed).abs().amax((1, 2)).mean()
-    outputs = range(0, u.shape[2], -(-u.shape[2] // 32))
-    for name, f in (("it selects", scan), ("selection held", lambda v: scan(
-            v, [w[:16] if w.dim() > 2 else w for w in given]))):
-        gains = mamba_adv.local_gain(f, u[:16], outputs)
+    few, outputs = [w[:8] if w.dim() > 2 else w for w in given], range(0, u.shape[2],
+                                                                       -(-u.shape[2] // 16))
+    for name, f in ("it selects", scan), ("selection held", lambda v: scan(v, few)):
+        gains = mamba_adv.local_gain(f, u[:8], outputs)
         numbers[f"local gain, {name}, mean"], numbers[f"local gain, {name}, max"] = (
             gains.mean(), gains.max())
     return numbers
@@ -1840,7 +1840,8 @@ def certify(c, model, x, y):
     """Yields as measure, of the whole model (layer 0): what is certified, and PGD-10 beside it."""
     radius, right = s4_adv.certified_radius(model, x, y), hits(model, x, y)
     yield "certified", 0, "accuracy, clean", float(right.double().mean())
-    yield "certified", 0, "radius * 255, median of correct", 255 * float(radius[right].median())
+    if right.any():
+        yield "certified", 0, "radius * 255, median of correct", 255 * float(radius[right].median())
     yield "certified", 0, "radius * 255, largest", 255 * float(radius.max())
     for eps in (c.eps / 4 ** k for k in range(7)):
         robust = right & hits(model, pgd(model, x, y, eps, eps / 4, 10), y)
@@ -1878,7 +1879,7 @@ def analyse(c, state):
         say(f"\n{statement:45}" + "".join(f"{on} {k or ''}".rjust(10) for on, k in columns))
         for what in dict.fromkeys(r["quantity"] for r in these):
             values = {(r["on"], r["layer"]): r["value"] for r in these if r["quantity"] == what}
-            say(f"  {what:43}" + "".join(f"{values[k]:10.4g}" for k in columns))
+            say(f"  {what:43}" + "".join(f"{values.get(k, math.nan):10.4g}" for k in columns))
     if rank() == 0:
         out = Path(c.out)
         try:
@@ -1913,8 +1914,11 @@ def draw_changes(path, rows):
         ax.axvline(1, color="black", lw=0.8)
         ax.set(xscale="log", xlabel=f"{measure}, after / before", ylim=(len(parts) - 0.5, -0.5),
                yticks=range(len(parts)), yticklabels=[f"{part} {k}" for k, part in parts])
+        ax.xaxis.set_minor_formatter("")
+        ax.set_xlim(*(end(v, w) for end, v, w in zip((min, max), ax.get_xlim(), (0.1, 10))))
         ax.grid(axis="y", color="0.85")
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=3, frameon=False)
     figure.savefig(file, format="png", dpi=150)
     write(path, file.getvalue())
     say(f"\nwritten: {path}, and its numbers as CSV and JSON")
