@@ -9,7 +9,7 @@
     without AdS      21,962   57.3%   36.9%
     with AdS         38,602   54.4%   36.7%
 
-60 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits it stays at chance in this
+82 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits it stays at chance in this
 short a run: give it --epochs.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083

@@ -9,7 +9,7 @@
     without AdS      19,210   47.7%   30.6%
     with AdS         35,850   84.8%   63.3%
 
-92 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits S4 without AdS stays near
+105 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits S4 without AdS stays near
 chance in this short a run; AdS also doubles the parameters (see ads.py for its controls).
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083

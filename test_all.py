@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the papers say, as tests. A name is a sentence; its body is the proof.
 
-    python -m pytest -q test_all.py            # half a minute on one core; no GPU, no data needed
+    python -m pytest -q test_all.py            # four minutes on one core; no GPU, no data needed
 
 Identities are checked in float64 at tiny sizes. A `Spy` is a model that keeps what it is fed. The
 section "Parity" writes all five models once more, in numpy loops, from the formulas of the papers.
@@ -1912,49 +1912,51 @@ def test_each_stage_agrees_image_by_image_with_pyautoattack():
 # ---- train.py: many processes --------------------------------------------------------------------
 
 
+def one_and_two(tmp_path, method, train_size, script):
+    """A run in this process, and in two processes that a script starts; their words and folders."""
+    words = (f"{' '.join(TINY)} --dataset synthetic --precision fp64 --method {method} --replays 2 "
+             f"--epochs 4 --train-size {train_size} --device cpu --attacks clean").split()
+    assert trains(tmp_path / "one", *words) == 0
+    (tmp_path / "script.py").write_text(
+        "import os, signal, sys, time, train\ntrain.HELD_OUT = 50\n" + script)
+    torchrun(2, tmp_path / "script.py", *words, "--out", str(tmp_path / "two"))
+    return tmp_path / "one", tmp_path / "two"
+
+
+def nearly_the_same_run(a, b):
+    """Weights and logged losses agree to rounding: sums over images have another order."""
+    for k, w in weights(a).items():
+        close(weights(b)[k], w, 1e-9)
+    rows = [torch.load(out / "last.pt", weights_only=True)["rows"] for out in (a, b)]
+    assert len(log(a)) == len(log(b)) == 1 + len(rows[0])
+    close(*([row["loss"] for row in each_run] for each_run in rows))
+
+
 @pytest.mark.parametrize("method", ("standard", "free"))
 def test_two_processes_give_the_run_of_one_also_if_one_of_them_is_late(method, tmp_path):
-    words = (f"{' '.join(TINY)} --dataset synthetic --precision fp64 --method {method} --replays 2 "
-             "--epochs 2 --train-size 41 --device cpu --attacks clean").split()
-    assert trains(tmp_path / "one", *words) == 0
-    (tmp_path / "late.py").write_text(
-        "import os, sys, time, train\n"
-        "train.HELD_OUT, settings = 50, train.settings\n"
+    one, two = one_and_two(tmp_path, method, 41, (
+        "settings = train.settings\n"
         "def late(argv):\n"                 # the first process is past its checks long before
         "    time.sleep(3 * int(os.environ['RANK']))\n"
         "    return settings(argv)\n"
         "train.settings = late\n"
-        "sys.exit(train.main())\n")
-    torchrun(2, tmp_path / "late.py", *words, "--out", str(tmp_path / "two"))
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for k in one:
-        close(two[k], one[k], 1e-9)
-    assert len(log(tmp_path / "two")) == len(log(tmp_path / "one"))
+        "sys.exit(train.main())\n"))
+    nearly_the_same_run(one, two)
 
 
 def test_a_signal_to_one_of_two_processes_saves_and_stops_both_and_one_alone_goes_on(tmp_path):
-    words = (f"{' '.join(TINY)} --dataset synthetic --precision fp64 --method free --replays 1 "
-             "--epochs 2 --train-size 57 --device cpu --attacks clean").split()
-    assert trains(tmp_path / "one", *words) == 0
-    (tmp_path / "signalled.py").write_text(
-        "import os, signal, sys, train\n"
-        "train.HELD_OUT, train_batch = 50, train.train_batch\n"
+    one, two = one_and_two(tmp_path, "free", 57, (
+        "train_batch = train.train_batch\n"
         "def batch(run, *rest):\n"
         "    if os.environ['RANK'] == '1' and (run.epoch, run.batch) == (1, 1):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return train_batch(run, *rest)\n"
         "train.train_batch = batch\n"
-        "sys.exit(train.main() != 130)\n")
-    torchrun(2, tmp_path / "signalled.py", *words, "--out", str(tmp_path / "two"))
-    state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+        "sys.exit(train.main() != 130)\n"))
+    state = torch.load(two / "last.pt", weights_only=True)
     assert (state["epoch"], state["batch"], state["seen"]) == (1, 2, 32)
-    assert train.main(["--resume", str(tmp_path / "two")]) == 0
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for k in one:
-        close(two[k], one[k], 1e-9)
-    one, two = (torch.load(tmp_path / k / "last.pt", weights_only=True)["rows"]
-                for k in ("one", "two"))
-    close([row["loss"] for row in one], [row["loss"] for row in two])
+    assert train.main(["--resume", str(two)]) == 0
+    nearly_the_same_run(one, two)
 
 
 def torchrun(n, *words):
@@ -2104,6 +2106,16 @@ def test_help_states_every_flag_with_its_default(capsys):
     p, defaults = train.parser()
     assert end.value.code == 0 and text.count("(default: ") == len(defaults)
     assert all(option in text for action in p._actions for option in action.option_strings)
+
+
+def test_the_table_of_results_in_the_readme_is_what_its_command_prints(monkeypatch, capsys):
+    text = (HERE / "README.md").read_text()
+    folder, names = re.search(r"`python train\.py --table (\S+)/\{(\S+)\}`", text).groups()
+    if not (HERE / folder).exists():
+        pytest.skip(f"no {folder} beside the code")
+    monkeypatch.chdir(HERE)
+    assert train.main(["--table", *(f"{folder}/{name}" for name in names.split(","))]) == 0
+    assert capsys.readouterr().out.strip() in text
 
 
 def test_every_command_of_the_readme_parses():
@@ -2882,7 +2894,7 @@ def test_the_certificate_is_exact_at_eps_0_and_no_attack_leaves_it(fixed_map):
             assert min(gap.min() for gap in gaps) >= 0
             tightest = min(tightest, *(float((g / (true_margin(model, x, y) - bound)).min())
                                        for g in gaps))
-    assert tightest < 0.99                               # the attack uses some of what is allowed
+    assert tightest < 1 - 1 / 30                # bounds 30 times as tight would have been refuted
     assert (s4_adv.certified_margin(model, x, y, radius.view(-1, 1, 1, 1)) > 0).all()
     assert (s4_adv.certified_margin(model, x, y, radius.view(-1, 1, 1, 1) + 2e-9) <= 0).all()
     assert s4_adv.certified_radius(model, x, (y + 1) % 3).eq(0).all()
@@ -2932,7 +2944,7 @@ def test_analyse_measures_a_checkpoint_beside_its_initialisation(tmp_path, capsy
     assert trained[gain[0], "start", *gain[1:]] == start[gain[0], "test", *gain[1:]]
     model = train.build(settings("--dataset", "synthetic", *TINY))
     model.load_state_dict(weights(tmp_path / "run", "best.pt"))
-    by_hand = float(model.double().blocks[0].ssm.kernel(4).abs().sum(1).max())
+    by_hand = float(model.double().blocks[0].ssm.kernel(4).detach().abs().sum(1).max())
     assert abs(trained[gain[0], "test", *gain[1:]] - by_hand) < 1e-10
     assert trained[gain[0], "test", *gain[1:]] != trained[gain[0], "start", *gain[1:]]
     drawn = (tmp_path / "a" / "best-analysis.png").exists()

@@ -1940,7 +1940,7 @@ def fraction(text):
 def show(value):
     """8/255 for 0.0313725..., else the number."""
     k = value * 255
-    return f"{round(k)}/255" if k and abs(k - round(k)) < 1e-6 else f"{value:g}"
+    return f"{round(k)}/255" if 0 < k < 255 and abs(k - round(k)) < 1e-6 else f"{value:g}"
 
 
 def comma_list(text):
