@@ -9,7 +9,8 @@
 Paper: Qi et al., Exploring Adversarial Robustness of Deep State Space Models, NeurIPS 2024
 (arXiv 2406.05532): AdS stands between the sequence map and the output Linear of every block.
 A pure SSM block is linear there, so AdS also is the block's first non-linearity, and it more than
-doubles the parameters of an S4 model. `middle` offers three controls that separate these effects.
+doubles the parameters of an S4 model. `middle` offers controls that separate these effects, and
+each half of AdS alone.
 
 Glossary   y  (..., d_model)  output of a sequence map        d  d_model, the number of channels
            s  (..., d_model)  scale, one number per token and channel
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
-CONTROLS = ("gelu", "glu", "mlp")
+CONTROLS = ("gelu", "glu", "mlp", "scale", "shift")
 
 
 class AdaptiveScaling(nn.Module):
@@ -28,23 +29,25 @@ class AdaptiveScaling(nn.Module):
 
     d_model     int    channels d; 2 (d^2 + d) parameters
     activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift
+    only        str | None  "scale": t = 0;  "shift": s = 1;  (d^2 + d) parameters. An ablation
 
     (..., d_model) -> (..., d_model), token by token.   ValueError for another activation.
     """
 
-    def __init__(self, d_model, activation="relu"):
+    def __init__(self, d_model, activation="relu", only=None):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"AdS activation {activation!r} is unknown; choose one of "
                              f"{', '.join(ACTIVATIONS)}")
         self.activation = activation
-        self.scale = nn.Linear(d_model, d_model)                            # W1, b1
-        self.shift = nn.Linear(d_model, d_model)                            # W2, b2
+        self.scale = nn.Linear(d_model, d_model) if only != "shift" else None      # W1, b1
+        self.shift = nn.Linear(d_model, d_model) if only != "scale" else None      # W2, b2
 
     def scale_and_shift(self, y):
         """s(y), t(y): each (..., d_model), the two halves of AdS, to be looked at."""
         act = ACTIVATIONS[self.activation]
-        return act(self.scale(y)), act(self.shift(y))
+        return (act(self.scale(y)) if self.scale else torch.ones_like(y),
+                act(self.shift(y)) if self.shift else torch.zeros_like(y))
 
     def forward(self, y):
         s, t = self.scale_and_shift(y)
@@ -75,6 +78,7 @@ def middle(d_model, ads=None, control=None):
     control  str | None  "gelu"  one plain non-linearity, no parameters
                          "glu"   GELU, Linear(d, 2d), GLU: the usual S4 block; parameters as AdS
                          "mlp"   Linear, GELU, Linear: as many parameters as AdS, no product with y
+                         "scale", "shift"  one half of ReLU-AdS: s(y) * y, y + t(y)
 
     Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
     """
@@ -89,6 +93,8 @@ def middle(d_model, ads=None, control=None):
         return nn.Sequential(nn.GELU(), nn.Linear(d_model, 2 * d_model), nn.GLU())
     if control == "mlp":
         return nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+    if control in ("scale", "shift"):
+        return AdaptiveScaling(d_model, "relu", only=control)
     if control:
         raise ValueError(f"control {control!r} is unknown; choose one of {', '.join(CONTROLS)}")
     return nn.Identity()

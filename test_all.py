@@ -390,11 +390,19 @@ def test_the_controls_are_gelu_glu_and_a_perceptron():
         close(layer(y), expected)
 
 
+def test_half_of_ads_is_ads_with_the_other_half_at_its_neutral_value():
+    y = randn(2, 3, 4)
+    scale, shift = (scrambled(ads.middle(4, control=control)) for control in ("scale", "shift"))
+    (W, b), (V, c) = scale.parameters(), shift.parameters()
+    close(scale(y), (y @ W.T + b).clamp(min=0) * y)
+    close(shift(y), y + (y @ V.T + c).clamp(min=0))
+
+
 @pytest.mark.parametrize("d", [1, 5, 128])
-def test_ads_glu_and_mlp_have_2_d_squared_plus_d_parameters_and_gelu_none(d):
+def test_ads_glu_and_mlp_have_2_d_squared_plus_d_parameters_half_ads_half_gelu_none(d):
     counts = [sum(w.numel() for w in ads.middle(d, **options).parameters()) for options in MIDDLES]
     n = 2 * (d * d + d)
-    assert counts == [0, n, n, n, 0, n, n]
+    assert counts == [0, n, n, n, 0, n, n, n / 2, n / 2]
 
 
 # ---- Parity: all five models once more, in numpy, as the papers write them -----------------------
@@ -623,7 +631,7 @@ def test_weight_decay_is_for_the_weights_of_linear_and_conv_layers_alone(name):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: ads.AdaptiveScaling(4, "swish"), "'swish' is unknown; .* relu, sigmoid, tanh"),
-    (lambda: ads.middle(4, control="rnn"), "control 'rnn' is unknown; .* gelu, glu, mlp"),
+    (lambda: ads.middle(4, control="rnn"), "control 'rnn' is unknown; .* gelu, glu, mlp, scale"),
     *((lambda m=m: tiny(m, ads="relu", control="mlp"), "'relu' and control='mlp' name two things")
       for m in MODELS),
     *((lambda m=m, P=P: tiny(m, patch_size=P)(images()[0]),
