@@ -1887,34 +1887,44 @@ def test_logits_times_100_hide_nothing_from_the_dlr_stages():
 
 # --- against the published implementation, where one is installed -------------------------------
 
-def test_each_stage_agrees_image_by_image_with_pyautoattack():
+@pytest.mark.parametrize("kind, radii", [("CNN", (0.01, 0.015)), ("S4", (0.006, 0.01))])
+def test_each_stage_agrees_image_by_image_with_pyautoattack(kind, radii):
     reference = pytest.importorskip("pyautoattack").AutoAttack
     torch.manual_seed(0)
     x, y = s4_adv.drawn_digits(1200, 0, size=14)
     x = x / 255
-    model = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(392, 32),
-                          nn.ReLU(), nn.Linear(32, 10))
+    cnn = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(392, 32),
+                        nn.ReLU(), nn.Linear(32, 10))
+    model = cnn if kind == "CNN" else s4_adv.Classifier(1, 10, 32, 16, 1, 2, ads="relu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(6):
+    for _ in range(6 if kind == "CNN" else 30):
         for i in torch.randperm(1200).split(60):
             optimizer.zero_grad()
             F.cross_entropy(model(x[i]), y[i]).backward()
             optimizer.step()
-    x, y = x[:30], y[:30]
+    x, y = x[:60], y[:60]
     x, y = (v[model(x).argmax(1) == y] for v in (x, y))
-    for eps in (0.01, 0.015):
+    for eps in radii:
         theirs = reference(model, eps=eps, seed=0, version="standard")
         theirs.fab.targeted, theirs.fab.n_iter, theirs.square.n_queries = True, 40, 150
         theirs.fab.n_target_classes = theirs.apgd_targeted.n_target_classes = 2
+        worst = torch.ones(2, len(y), dtype=torch.bool)
         for ours, attack in (
                 (train.apgd_ce(model, x, y, eps), theirs.apgd),
                 (train.apgd_t(model, x, y, eps, targets=2), theirs.apgd_targeted),
                 (train.fab_t(model, x, y, eps, targets=2, steps=40), theirs.fab),
                 (train.square(model, x, y, eps, queries=150), theirs.square)):
             attack.seed = 0
-            robust = [model(z).argmax(1) == y for z in (ours, attack.perturb(x.clone(), y))]
+            robust = torch.stack([model(z).argmax(1) == y
+                                  for z in (ours, attack.perturb(x.clone(), y))])
+            worst &= robust
+            print(f"{kind:4} eps {eps:<6} {type(attack).__name__:19} of {len(y)} images robust: "
+                  "ours {} theirs {}, they differ on {}; worst case so far {} {}, on {}".format(
+                      *robust.sum(1).tolist(), int((robust[0] != robust[1]).sum()),
+                      *worst.sum(1).tolist(), int((worst[0] != worst[1]).sum())))
             assert 0 < robust[0].sum() < len(y), (eps, attack, robust[0].sum())
-            assert (robust[0] != robust[1]).sum() <= 1, (eps, attack)
+            assert (robust[0] != robust[1]).sum() <= 4, (eps, attack)  # theirs, two seeds: up to 3
+        assert (worst[0] != worst[1]).sum() <= 1, eps
 
 
 # ---- train.py: many processes --------------------------------------------------------------------
