@@ -2172,8 +2172,8 @@ def test_the_plain_form_of_the_benchmark_computes_the_same_numbers(name):
     for fast, slow in zip(trace(name), train.plainly()(trace)(name)):
         close(fast, slow)
     model, x, results = tiny_model(name), randn(3, 1, 4, 4).requires_grad_(), []
-    for form in train.FORMS.values():
-        with form():
+    for form in ("fast", "plain"):
+        with train.FORMS[form]():
             y = model(x)
             results.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
     for fast, slow in zip(*results):
@@ -2229,10 +2229,33 @@ def test_bench_times_every_work_in_both_forms_at_every_length_into_a_table_and_a
     assert text.count("\n") == 4 + len(expected) and "micro-batch all" in text
 
 
+@pytest.mark.parametrize("name", ["s5", "mamba"])
+def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed(
+    name, tmp_path, monkeypatch, capsys
+):
+    made = []
+    monkeypatch.setattr(train, "peer", lambda c: lambda: made.append(nn.Linear(4, 4)) or made[-1])
+    monkeypatch.setattr(train, "growth_apart", lambda c, name, form: 2 ** 20)
+    assert trains(tmp_path, "--bench", "1", *TINY, "--d-model", "4", "--model", name) == 0
+    forms = [line.split(",")[5] for line in (tmp_path / "bench.csv").read_text().splitlines()[1:]]
+    assert forms == ["fast", "plain", "peer"] * 5
+    assert len(made) == 1 and made[0].weight.grad.abs().sum() > 0
+    words = "--bench --model mamba --dataset synthetic --device cpu --ads".split()
+    monkeypatch.undo()
+    assert train.peer(train.settings(words)[0]) is None                     # no peer has AdS
+
+
+@pytest.mark.parametrize("package, name", [("s5", "s5"), ("mambapy", "mamba")])
+def test_a_peer_s_layer_keeps_the_shape(package, name):
+    pytest.importorskip(package)
+    layer = train.peer(bench_settings(name, "--d-state", "4", "--d-model", "4"))()
+    assert layer(torch.rand(2, 7, 4)).shape == (2, 7, 4)
+
+
 def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
     c, job = bench_settings("mamba", "--batch-size", "4", "--patch-size", "1"), "attack step"
     c.d_model, c.d_state, c.shape = 32, 32, (1, 1, 256)
-    fast, plain = (train.growth_apart(c, job, form) for form in train.FORMS)
+    fast, plain = (train.growth_apart(c, job, form) for form in ("fast", "plain"))
     states = 4 * 256 * 64 * 32 * 4                                      # bytes; autograd keeps some
     assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
 

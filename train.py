@@ -1537,16 +1537,36 @@ def plainly():
         yield
 
 
-FORMS = {"fast": nullcontext, "plain": plainly}
+FORMS = {"fast": nullcontext, "plain": plainly, "peer": plainly}
 
 
-def bench_jobs(c):
+def peer(c):
+    """A function that makes the layer of a package on PyPI that does the work of c's, (B, L, H) ->
+    (B, L, H): s5-pytorch's or mambapy's, where installed; else None."""
+    try:
+        if c.model == "s5" and not (c.ads or c.control):
+            from s5 import S5
+            return lambda: S5(c.d_model, c.d_state)
+        if c.model == "mamba" and not (c.ads or c.control):
+            from mambapy.mamba import MambaBlock, MambaConfig
+            return lambda: MambaBlock(MambaConfig(d_model=c.d_model, n_layers=1, d_state=c.d_state))
+    except ImportError:
+        pass
+
+
+def bench_jobs(c, form="fast"):
     """{name: function}: each kind of work on one batch of random images.
 
     Labels are the model's own answers, so that evaluation attacks every image; the learning rate
-    is 0, so that every repetition meets the same weights.
+    is 0, so that every repetition meets the same weights. form "peer": with peer(c)'s layers.
     """
     model, draw = build(c), torch.Generator().manual_seed(seed_of(c.seed, "bench"))
+    for k, block in enumerate(model.blocks if form == "peer" else ()):
+        if c.model == "s5":
+            block.ssm = peer(c)()
+        else:
+            model.blocks[k] = peer(c)()
+    model.to(c.device)
     optimizer = torch.optim.AdamW(param_groups(model, c.weight_decay), lr=0.0)
     images = torch.randint(256, (c.batch_size, *c.shape), generator=draw, dtype=torch.uint8)
     images = images.to(c.device)
@@ -1611,7 +1631,7 @@ def growth(c, name, form):
 
     nan where there is no /proc. (getrusage's peak would do, but begins with the parent's.)
     """
-    job, cuda = bench_jobs(c)[name], c.device.startswith("cuda")
+    job, cuda = bench_jobs(c, form)[name], c.device.startswith("cuda")
 
     def memory(what):
         if cuda:
@@ -1644,19 +1664,20 @@ def growth_apart(*args):
 def timings(c, L):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
-    jobs, which, costs = bench_jobs(c), 0 if c.device.startswith("cuda") else 1, {}
-    peaks = {(name, form): growth_apart(c, name, form) for name in jobs for form in FORMS}
+    which, costs, ours = 0 if c.device.startswith("cuda") else 1, {}, bench_jobs(c)
+    jobs = {"fast": ours, "plain": ours} | ({"peer": bench_jobs(c, "peer")} if peer(c) else {})
+    peaks = {(name, form): growth_apart(c, name, form) for name in ours for form in jobs}
     runs = {key: [] for key, peak in peaks.items() if peak is not None}
     for i in range(1 + c.bench):                                            # the first warms up
         for (name, form), times in runs.items():
             with FORMS[form]():
-                times += [stopwatch(jobs[name], c.device)[:2]][:i]
+                times += [stopwatch(jobs[form][name], c.device)[:2]][:i]
     for (name, form), times in runs.items():
         seconds, cpu = (statistics.median(t) for t in zip(*times))
         cost = sorted(t[which] for t in times)
         costs[name, form] = statistics.median(cost)
         with FORMS[form]():
-            share = kernel_share(c, jobs[name])
+            share = kernel_share(c, jobs[form][name])
         yield dict(L=L, work=name, form=form, seconds=seconds, cpu_seconds=cpu,
                    spread=(cost[-1] - cost[0]) / costs[name, form],
                    images_per_second=c.batch_size / seconds,
@@ -1668,7 +1689,8 @@ def timings(c, L):
 
 
 def bench(c):
-    """--bench: what each kind of work costs, fast and plain (see plainly); table and bench.csv."""
+    """--bench: what each kind of work costs, fast, plain (see plainly) and by a peer (see peer);
+    table and bench.csv."""
     held, rows = lock(Path(c.out)), []
     say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
         f"batch {c.batch_size}, micro-batch {c.micro_batch or 'all'}, {c.precision}, "
