@@ -2989,7 +2989,30 @@ def test_analyse_measures_a_checkpoint_beside_its_initialisation(tmp_path, capsy
     assert abs(trained[gain[0], "test", *gain[1:]] - by_hand) < 1e-10
     assert trained[gain[0], "test", *gain[1:]] != trained[gain[0], "start", *gain[1:]]
     drawn = (tmp_path / "a" / "best-analysis.png").exists()
-    assert drawn or "no figure: matplotlib is not installed here" in capsys.readouterr().out
+    assert drawn or "no figure: a figure needs matplotlib" in capsys.readouterr().out
+
+
+def test_analyses_of_several_models_are_drawn_into_one_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    drawn, files, draw_changes = [], [], train.draw_changes
+    for method in ("standard", "pgd"):
+        assert trains(tmp_path / method, "--analyse", *ANALYSIS, "--method", method) == 0
+        files.append(str(tmp_path / method / "analysis.json"))
+    monkeypatch.setattr(train, "draw_changes", lambda path, rows: (
+        drawn.append((path, rows)), draw_changes(path, rows)))
+    assert train.main(["--plot", *files, "--out", str(tmp_path / "a.png")]) == 0
+    wide, high = png_size(tmp_path / "a.png")
+    assert wide > 2 * high
+    (_, rows), = drawn
+    assert list(dict.fromkeys(r["on"] for r in rows)) == [
+        "ST test", "ST train", "PGD-AT test", "PGD-AT train"]
+    kept = json.loads(Path(files[0]).read_text())["rows"]
+    assert [r["value"] for r in rows if r["on"] == "ST test"] == [
+        r["value"] for r in kept if r["statement"].startswith("change") and r["on"] == "test"]
+    (tmp_path / "b.json").write_text("{}")
+    assert train.main(["--plot", str(tmp_path / "b.json"), "--out", str(tmp_path / "b.png")]) == 2
+    assert "b.json: this is no analysis" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
 
 
 @torch.no_grad()

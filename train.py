@@ -1354,7 +1354,7 @@ def checks(model, images, labels, c):
     return found
 
 
-def draw(path, fill, rows=1, columns=1, size=(4.2, 3.2)):
+def draw(path, fill, rows=1, columns=1, size=(4.2, 3.2), sharex=True):
     """fill(axes) draws into a grid of panels (rows, columns) with common scales; saved as PNG.
 
     UserError where matplotlib is not installed.
@@ -1365,7 +1365,7 @@ def draw(path, fill, rows=1, columns=1, size=(4.2, 3.2)):
         raise UserError("a figure needs matplotlib, which is not installed; pip install "
                         "matplotlib") from None
     figure, file = Figure((size[0] * columns, size[1] * rows), layout="constrained"), io.BytesIO()
-    fill(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
+    fill(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=True))
     figure.savefig(file, format="png", dpi=150)
     write(path, file.getvalue())
     say(f"drawn: {path}")
@@ -1913,37 +1913,59 @@ def analyse(c, state):
         write_csv(out / f"{stem}.csv", rows)
         write(out / f"{stem}.json", json.dumps(
             {"n": n, "rows": rows, "config": vars(c), **machine(c)}, indent=1))
-        draw_changes(out / f"{stem}.png", [r for r in rows if r["statement"].startswith("change")])
+        try:
+            draw_changes(out / f"{stem}.png",
+                         [r for r in rows if r["statement"].startswith("change")])
+        except UserError as e:
+            say(f"no figure: {e}")
+        say(f"written: {out / stem}.csv and .json")
 
 
 def draw_changes(path, rows):
     """The paper's figure: by what each part multiplies the error, 1 + its change rate, as PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return say("no figure: matplotlib is not installed here")
     what = list(dict.fromkeys(r["quantity"].split(": ")[1] for r in rows))
     parts = list(dict.fromkeys((r["layer"], r["quantity"].split(": ")[0]) for r in rows))
-    figure, file = Figure((9, 1.2 + 0.3 * len(parts)), layout="constrained"), io.BytesIO()
-    for ax, measure in zip(figure.subplots(1, len(what), sharey=True), what):
-        for on, mark, face in (("start", "x", "none"), ("test", "o", "black"),
-                               ("train", "o", "none")):
-            points = [(1 + r["value"], parts.index((r["layer"], r["quantity"].split(": ")[0])))
-                      for r in rows if r["on"] == on and r["quantity"].endswith(f": {measure}")]
-            if points:
-                ax.plot(*zip(*points), mark, color="black", mfc=face, label=on,
-                        ms=9 if on == "train" else 5)
-        ax.axvline(1, color="black", lw=0.8)
-        ax.set(xscale="log", xlabel=f"{measure}, after / before", ylim=(len(parts) - 0.5, -0.5),
-               yticks=range(len(parts)), yticklabels=[f"{part} {k}" for k, part in parts])
-        ax.xaxis.set_minor_formatter("")
-        ax.set_xlim(*(end(v, w) for end, v, w in zip((min, max), ax.get_xlim(), (0.1, 10))))
-        ax.grid(axis="y", color="0.85")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center",
-                  ncols=3, frameon=False)
-    figure.savefig(file, format="png", dpi=150)
-    write(path, file.getvalue())
-    say(f"\nwritten: {path}, and its numbers as CSV and JSON")
+    models = list(dict.fromkeys(r["on"].rpartition(" ")[0] for r in rows))
+
+    def fill(axes):
+        for ax, measure in zip(axes.flat, what):
+            for on in dict.fromkeys(r["on"] for r in rows):
+                of, _, images = on.rpartition(" ")
+                ax.plot(*zip(*((1 + r["value"],
+                                parts.index((r["layer"], r["quantity"].split(": ")[0])))
+                               for r in rows if (r["on"], r["quantity"].split(": ")[1]) == (
+                                   on, measure))),
+                        "x" if images == "start" else "osD^v"[models.index(of) % 5], label=on,
+                        color="black", mfc="black" if images == "test" else "none",
+                        ms=9 if images == "train" else 5)
+            ax.axvline(1, color="black", lw=0.8)
+            ax.set(xscale="log", xlabel=f"{measure}, after / before", ylim=(len(parts) - 0.5, -0.5),
+                   yticks=range(len(parts)), yticklabels=[f"{part} {k}" for k, part in parts])
+            ax.xaxis.set_minor_formatter("")
+            ax.set_xlim(*(end(v, w) for end, v, w in zip((min, max), ax.get_xlim(), (0.1, 10))))
+            ax.grid(axis="y", color="0.85")
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, frameon=False,
+                                 loc="outside upper center")
+    draw(path, fill, 1, len(what), (3.0, 1.2 + 0.3 * len(parts)), sharex=False)
+
+
+def plot_analyses(files, path):
+    """--plot of analyses: change rates of several models, named by their training, in one figure.
+
+    Only the paper's: MSE and KL; and MSE / mean square, which does not reward shrinking.
+    """
+    rows, names = [], {"standard": "ST", "pgd": "PGD-AT", "trades": "TRADES"}
+    for file in files:
+        try:
+            found = json.loads(Path(file).read_text())
+            method = found["config"]["method"]
+            found = [r | {"on": f"{names.get(method, method)} {r['on']}"} for r in found["rows"]
+                     if r["statement"].startswith("change") and r["on"] != "start"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--plot {file}: this is no analysis; give the .json files that "
+                            "--analyse left") from None
+        rows += found
+    draw_changes(Path(path), rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2082,7 +2104,8 @@ def parser():
     flag("--images", action="store_true", shown="none",
          help="with --evaluate: draw eight images, their perturbations and adversarial images")
     flag("--plot", nargs="+", metavar="RUN", shown="train",
-         help="draw the accuracies over epochs of these runs' folders into --out FILE.png")
+         help="draw the accuracies over epochs of these runs' folders, or the change rates of "
+              "these analyses (.json), into --out FILE.png")
     flag("--analyse", nargs="?", const=True, metavar="CKPT", shown="train",
          help="the paper's theory in numbers, on 100 images or --test-size, of this checkpoint or "
               "of the flags' model at initialisation")
@@ -2102,7 +2125,8 @@ def settings(argv):
     if c.bench is not None:
         c.batch_size = given.get("batch_size", 16)
     if c.plot:
-        c.out = c.out or "robust-overfitting.png"
+        c.out = c.out or ("analyses.png" if c.plot[0].endswith(".json") else
+                          "robust-overfitting.png")
         if other := sorted(set(given) - {"plot", "out"}):
             raise UserError(f"--{other[0].replace('_', '-')} has no place beside --plot, which "
                             "draws what runs have logged; leave it out")
@@ -2269,7 +2293,8 @@ def main(argv=None):
             return 0
         c, state = settings(argv)
         if c.plot:
-            plot_runs(c.plot, c.out)
+            analyses = all(name.endswith(".json") for name in c.plot)
+            (plot_analyses if analyses else plot_runs)(c.plot, c.out)
             return 0
         if c.evaluate:
             return evaluate_checkpoint(c, state)
