@@ -153,7 +153,7 @@ def test_a_file_has_its_licence_lines_of_100_columns_and_few_imports(file):
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     own = ["ads"] if file.endswith("_adv.py") else [name[:-3] for name in FILES]
     extra = ["pytest"] if file == "test_all.py" else []
-    extra += ["matplotlib"] if file == "train.py" else []               # where there is one
+    extra += ["matplotlib", "s5", "mambapy"] if file == "train.py" else []   # where there is one
     allowed = {*own, *extra, "torch", "torchvision", "numpy", *sys.stdlib_module_names}
     assert {module.split(".")[0] for module in names} <= allowed
 
@@ -2243,6 +2243,18 @@ def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed
     words = "--bench --model mamba --dataset synthetic --device cpu --ads".split()
     monkeypatch.undo()
     assert train.peer(train.settings(words)[0]) is None                     # no peer has AdS
+
+
+@pytest.mark.parametrize("module, package, name", [
+    ("s5", "s5-pytorch", "s5"), ("mambapy.mamba", "mambapy", "mamba")])
+def test_without_the_peer_bench_says_what_to_install(
+    module, package, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(train, "growth_apart", lambda c, name, form: 2 ** 20)
+    assert trains(tmp_path, "--bench", "1", *TINY, "--model", name) == 0
+    out = capsys.readouterr().out
+    assert f"No peer is timed: {package} is not installed here" in out and " peer  " not in out
 
 
 @pytest.mark.parametrize("package, name", [("s5", "s5"), ("mambapy", "mamba")])

@@ -1540,9 +1540,12 @@ def plainly():
 FORMS = {"fast": nullcontext, "plain": plainly, "peer": plainly}
 
 
+PEERS = {"s5": "s5-pytorch", "mamba": "mambapy"}                         # on PyPI, without AdS
+
+
 def peer(c):
-    """A function that makes the layer of a package on PyPI that does the work of c's, (B, L, H) ->
-    (B, L, H): s5-pytorch's or mambapy's, where installed; else None."""
+    """A function that makes the layer of PEERS that does the work of c's, (B, L, H) -> (B, L, H);
+    None where there is none, or it is not installed."""
     try:
         if c.model == "s5" and not (c.ads or c.control):
             from s5 import S5
@@ -1551,7 +1554,7 @@ def peer(c):
             from mambapy.mamba import MambaBlock, MambaConfig
             return lambda: MambaBlock(MambaConfig(d_model=c.d_model, n_layers=1, d_state=c.d_state))
     except ImportError:
-        pass
+        say(f"No peer is timed: {PEERS[c.model]} is not installed here")
 
 
 def bench_jobs(c, form="fast"):
@@ -1665,7 +1668,7 @@ def timings(c, L):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
     which, costs, ours = 0 if c.device.startswith("cuda") else 1, {}, bench_jobs(c)
-    jobs = {"fast": ours, "plain": ours} | ({"peer": bench_jobs(c, "peer")} if peer(c) else {})
+    jobs = {"fast": ours, "plain": ours} | ({"peer": bench_jobs(c, "peer")} if c.peer else {})
     peaks = {(name, form): growth_apart(c, name, form) for name in ours for form in jobs}
     runs = {key: [] for key, peak in peaks.items() if peak is not None}
     for i in range(1 + c.bench):                                            # the first warms up
@@ -1692,6 +1695,7 @@ def bench(c):
     """--bench: what each kind of work costs, fast, plain (see plainly) and by a peer (see peer);
     table and bench.csv."""
     held, rows = lock(Path(c.out)), []
+    c.peer = peer(c) is not None
     say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
         f"batch {c.batch_size}, micro-batch {c.micro_batch or 'all'}, {c.precision}, "
         f"{machine(c)['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
