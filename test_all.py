@@ -2126,14 +2126,17 @@ def test_help_states_every_flag_with_its_default(capsys):
     assert all(option in text for action in p._actions for option in action.option_strings)
 
 
-def test_the_table_of_results_in_the_readme_is_what_its_command_prints(monkeypatch, capsys):
+def test_the_tables_of_results_in_the_readme_are_what_their_commands_print(monkeypatch, capsys):
     text = (HERE / "README.md").read_text()
-    folder, names = re.search(r"`python train\.py --table (\S+)/\{(\S+)\}`", text).groups()
-    if not (HERE / folder).exists():
-        pytest.skip(f"no {folder} beside the code")
+    folders = re.findall(r"`python train\.py --table (\S+)/\*`", text)
+    assert folders
+    if not all((HERE / folder).exists() for folder in folders):
+        pytest.skip("no results/ beside the code")
     monkeypatch.chdir(HERE)
-    assert train.main(["--table", *(f"{folder}/{name}" for name in names.split(","))]) == 0
-    assert capsys.readouterr().out.strip() in text
+    for folder in folders:
+        runs = sorted(str(run) for run in Path(folder).iterdir())
+        assert train.main(["--table", *runs]) == 0
+        assert capsys.readouterr().out.strip() in text
 
 
 def test_every_command_of_the_readme_parses():
@@ -2210,8 +2213,9 @@ def test_train_py_too_computes_each_kernel_once_in_an_attack(name, monkeypatch):
 def test_bench_times_every_work_in_both_forms_at_every_length_into_a_table_and_a_csv(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "growth_apart", lambda c, name, form: (
-        None if (name, form) == ("evaluation", "plain") else 2 ** 21))
+    monkeypatch.setattr(train, "sample_apart", lambda c, name, form: (
+        None if (name, form) == ("evaluation", "plain") else
+        (*train.sample(c, name, form)[:3], 2 ** 21)))
     assert trains(tmp_path, "--bench", "2", *TINY, "--lengths", "3,8", "--ads") == 0
     lines = (tmp_path / "bench.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
@@ -2235,11 +2239,11 @@ def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed
 ):
     made = []
     monkeypatch.setattr(train, "peer", lambda c: lambda: made.append(nn.Linear(4, 4)) or made[-1])
-    monkeypatch.setattr(train, "growth_apart", lambda c, name, form: 2 ** 20)
+    monkeypatch.setattr(train, "sample_apart", train.sample)
     assert trains(tmp_path, "--bench", "1", *TINY, "--d-model", "4", "--model", name) == 0
     forms = [line.split(",")[5] for line in (tmp_path / "bench.csv").read_text().splitlines()[1:]]
     assert forms == ["fast", "plain", "peer"] * 5
-    assert len(made) == 1 and made[0].weight.grad.abs().sum() > 0
+    assert len(made) == 5 and made[2].weight.grad.abs().sum() > 0       # one for each work
     words = "--bench --model mamba --dataset synthetic --device cpu --ads".split()
     monkeypatch.undo()
     assert train.peer(train.settings(words)[0]) is None                     # no peer has AdS
@@ -2251,7 +2255,7 @@ def test_without_the_peer_bench_says_what_to_install(
     module, package, name, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(train, "growth_apart", lambda c, name, form: 2 ** 20)
+    monkeypatch.setattr(train, "sample_apart", train.sample)
     assert trains(tmp_path, "--bench", "1", *TINY, "--model", name) == 0
     out = capsys.readouterr().out
     assert f"No peer is timed: {package} is not installed here" in out and " peer  " not in out
@@ -2267,15 +2271,15 @@ def test_a_peer_s_layer_keeps_the_shape(package, name):
 def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
     c, job = bench_settings("mamba", "--batch-size", "4", "--patch-size", "1"), "attack step"
     c.d_model, c.d_state, c.shape = 32, 32, (1, 1, 256)
-    fast, plain = (train.growth_apart(c, job, form) for form in ("fast", "plain"))
+    fast, plain = (train.sample_apart(c, job, form)[3] for form in ("fast", "plain"))
     states = 4 * 256 * 64 * 32 * 4                                      # bytes; autograd keeps some
     assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
 
 
 def test_a_job_that_memory_does_not_suffice_for_has_no_peak_and_a_bug_is_no_lack_of_it(monkeypatch):
     def raises(error):
-        monkeypatch.setattr(train, "growth", lambda c, name, form: (_ for _ in ()).throw(error))
-        return train.growth_apart(None, "forward", "fast")
+        monkeypatch.setattr(train, "sample", lambda c, name, form: (_ for _ in ()).throw(error))
+        return train.sample_apart(None, "forward", "fast")
     monkeypatch.setattr(train, "ProcessPoolExecutor", ThreadPoolExecutor)
     for error in (BrokenExecutor("terminated"), torch.cuda.OutOfMemoryError("CUDA out of memory"),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory")):

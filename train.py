@@ -1613,51 +1613,65 @@ def stopwatch(job, device):
     return seconds, cpu, result
 
 
-def kernel_share(c, job):
-    """Share of job()'s seconds that goes into what `once` makes: kernels and their FFTs."""
+def timed(c, job):
+    """job(): seconds, CPU seconds of all threads, and the share of that in what `once` makes:
+    kernels and their FFTs, without their gradient (GPU: share of seconds)."""
     from unittest.mock import patch
     spent, once = [], SCRIPTS[c.model].once
 
     def watched(module, key, make):
-        def timed():
+        def measured():
             *seconds, made = stopwatch(make, c.device)
             spent.append(seconds)
             return made
-        return once(module, key, timed)
+        return once(module, key, measured)
     with patch.object(SCRIPTS[c.model], "once", watched):
         whole, which = stopwatch(job, c.device), 0 if c.device.startswith("cuda") else 1
-    return sum(seconds[which] for seconds in spent) / whole[which]
+    return *whole[:2], sum(seconds[which] for seconds in spent) / whole[which]
 
 
-def growth(c, name, form):
-    """Bytes by which one run of a job raises the memory of this process, or of its GPU, at most.
+def growth(job, device):
+    """Bytes by which job() raises the memory of this process, or of its GPU, at most.
 
     nan where there is no /proc. (getrusage's peak would do, but begins with the parent's.)
     """
-    job, cuda = bench_jobs(c, form)[name], c.device.startswith("cuda")
+    cuda = device.startswith("cuda")
 
     def memory(what):
         if cuda:
-            return getattr(torch.cuda, what)(c.device)
+            return getattr(torch.cuda, what)(device)
         return 1024 * int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0])
     try:
         if cuda:
-            torch.cuda.reset_peak_memory_stats(c.device)
+            torch.cuda.reset_peak_memory_stats(device)
         else:
             Path("/proc/self/clear_refs").write_text("5")               # peak := memory now
         before = memory("memory_allocated" if cuda else "VmRSS")
-        with FORMS[form]():
-            job()
+        job()
         return memory("max_memory_allocated" if cuda else "VmHWM") - before
     except OSError:
+        job()
         return math.nan
 
 
-def growth_apart(*args):
-    """growth(...) in a new process, since a peak never falls; None if memory did not suffice."""
+def sample(c, name, form):
+    """A job, run once for the growth of memory, once more for the rest: timed(...), growth(...).
+
+    In a new process: a peak never falls, and keep_memory is ours, the other forms run without.
+    """
+    if form == "fast":
+        keep_memory()
+    job = bench_jobs(c, form)[name]
+    with FORMS[form]():
+        peak = growth(job, c.device)
+        return *timed(c, job), peak
+
+
+def sample_apart(*args):
+    """sample(...) in a new process; None if memory did not suffice."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
-            return pool.submit(growth, *args).result()
+            return pool.submit(sample, *args).result()
         except RuntimeError as e:                                           # or it was killed
             if not isinstance(e, BrokenExecutor) and "memory" not in str(e):
                 raise
@@ -1667,28 +1681,26 @@ def growth_apart(*args):
 def timings(c, L):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
-    which, costs, ours = 0 if c.device.startswith("cuda") else 1, {}, bench_jobs(c)
-    jobs = {"fast": ours, "plain": ours} | ({"peer": bench_jobs(c, "peer")} if c.peer else {})
-    peaks = {(name, form): growth_apart(c, name, form) for name in ours for form in jobs}
-    runs = {key: [] for key, peak in peaks.items() if peak is not None}
-    for i in range(1 + c.bench):                                            # the first warms up
-        for (name, form), times in runs.items():
-            with FORMS[form]():
-                times += [stopwatch(jobs[form][name], c.device)[:2]][:i]
-    for (name, form), times in runs.items():
-        seconds, cpu = (statistics.median(t) for t in zip(*times))
-        cost = sorted(t[which] for t in times)
+    which, costs = 0 if c.device.startswith("cuda") else 1, {}
+    samples = {(name, form): [] for name in bench_jobs(c)
+               for form in ("fast", "plain", "peer")[:2 + c.peer]}
+    for _ in range(c.bench):                                                # interleaved
+        for key, seen in samples.items():
+            if None not in seen:
+                seen.append(sample_apart(c, *key))
+    for (name, form), seen in samples.items():
+        if None in seen:
+            say(f"{L:5d}  {name:16} {form:5}  did not fit into memory")
+            continue
+        seconds, cpu, share, peak = (statistics.median(v) for v in zip(*seen))
+        cost = [s[which] for s in seen]
         costs[name, form] = statistics.median(cost)
-        with FORMS[form]():
-            share = kernel_share(c, jobs[form][name])
         yield dict(L=L, work=name, form=form, seconds=seconds, cpu_seconds=cpu,
-                   spread=(cost[-1] - cost[0]) / costs[name, form],
+                   spread=(max(cost) - min(cost)) / costs[name, form],
                    images_per_second=c.batch_size / seconds,
                    us_per_token=1e6 * seconds / c.batch_size / L,
-                   peak_mb=peaks[name, form] / 2 ** 20, kernel_share=share,
+                   peak_mb=peak / 2 ** 20, kernel_share=share,
                    times_fast=costs[name, form] / costs.get((name, "fast"), math.nan))
-    for name, form in peaks.keys() - runs.keys():
-        say(f"{L:5d}  {name:16} {form:5}  did not fit into memory")
 
 
 def bench(c):
@@ -1699,9 +1711,9 @@ def bench(c):
     say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
         f"batch {c.batch_size}, micro-batch {c.micro_batch or 'all'}, {c.precision}, "
         f"{machine(c)['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"Medians of {c.bench} interleaved runs. Spread (max - min) and times fast: of CPU seconds "
-        "(GPU: of seconds).\nPeak MB: growth of memory in a process of its own. Kernel: its share "
-        "of the time, without its gradient.\n"
+        f"Medians of {c.bench} interleaved runs, each the second one of a new process. Spread "
+        "(max - min) and times fast: of CPU seconds (GPU: of seconds).\nPeak MB: growth of memory. "
+        "Kernel: its share of the time, without its gradient.\n"
         "    L  work             form   seconds    CPU s  spread  images/s  us/token   peak MB  "
         "kernel  times fast")
     for L in c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]:
@@ -2283,7 +2295,6 @@ def keep_memory():
 
 def main(argv=None):
     c = None
-    keep_memory()
     try:
         if "RANK" in os.environ:                                            # started by torchrun
             gpu = torch.cuda.is_available()
@@ -2296,6 +2307,8 @@ def main(argv=None):
             results_table([str(Path(folder)) for folder in asked.table])
             return 0
         c, state = settings(argv)
+        if not c.bench:                                                 # that has its own processes
+            keep_memory()
         if c.plot:
             analyses = all(name.endswith(".json") for name in c.plot)
             (plot_analyses if analyses else plot_runs)(c.plot, c.out)
