@@ -1659,6 +1659,7 @@ def sample(c, name, form):
 
     In a new process: a peak never falls, and keep_memory is ours, the other forms run without.
     """
+    all_bits()
     if form == "fast":
         keep_memory()
     job = bench_jobs(c, form)[name]
@@ -2281,6 +2282,11 @@ def lock(out):
     return held
 
 
+def all_bits():
+    """Products in full float32 on a GPU, too (torch's convolutions are not, if left alone)."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def keep_memory():
     """Freed memory stays with this process, where the C library can be told so (glibc, mallopt):
     else the pages of each large tensor are taken and zeroed anew. On a CPU about 10 % of a step."""
@@ -2301,8 +2307,7 @@ def main(argv=None):
             dist.init_process_group("nccl" if gpu else "gloo")
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cudnn.allow_tf32 = False                       # products in full float32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        all_bits()
         if (asked := parser()[0].parse_args(argv)) and "table" in asked:
             results_table([str(Path(folder)) for folder in asked.table])
             return 0
