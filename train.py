@@ -1546,11 +1546,13 @@ PEERS = {"s5": "s5-pytorch", "mamba": "mambapy"}                         # on Py
 def peer(c):
     """A function that makes the layer of PEERS that does the work of c's, (B, L, H) -> (B, L, H);
     None where there is none, or it is not installed."""
+    if c.ads or c.control:
+        return None
     try:
-        if c.model == "s5" and not (c.ads or c.control):
+        if c.model == "s5":
             from s5 import S5
             return lambda: S5(c.d_model, c.d_state)
-        if c.model == "mamba" and not (c.ads or c.control):
+        if c.model == "mamba":
             from mambapy.mamba import MambaBlock, MambaConfig
             return lambda: MambaBlock(MambaConfig(d_model=c.d_model, n_layers=1, d_state=c.d_state))
     except ImportError:
@@ -1683,8 +1685,8 @@ def timings(c, L):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
     which, costs = 0 if c.device.startswith("cuda") else 1, {}
-    samples = {(name, form): [] for name in bench_jobs(c)
-               for form in ("fast", "plain", "peer")[:2 + c.peer]}
+    forms = ["fast", "plain"] + ["peer"] * c.peer
+    samples = {(name, form): [] for name in bench_jobs(c) for form in forms}
     for _ in range(c.bench):                                                # interleaved
         for key, seen in samples.items():
             if None not in seen:
@@ -2289,7 +2291,7 @@ def all_bits():
 
 def keep_memory():
     """Freed memory stays with this process, where the C library can be told so (glibc, mallopt):
-    else the pages of each large tensor are taken and zeroed anew. On a CPU about 10 % of a step."""
+    else the pages of each large tensor are taken and zeroed anew."""
     import ctypes
     try:
         trim_threshold, mmap_max = -1, -4                                   # malloc.h
