@@ -1255,7 +1255,7 @@ def test_eps_and_alpha_grow_linearly_through_the_warm_up(tmp_path, monkeypatch):
     monkeypatch.setattr(
         train,
         "loss_of",
-        lambda method, model, x, y, eps, alpha, *rest: seen.append((eps, alpha))
+        lambda c, method, model, x, y, eps, alpha: seen.append((eps, alpha))
         or F.cross_entropy(model(x), y),
     )
     assert (
@@ -1790,7 +1790,8 @@ def test_targets_beyond_the_other_classes_are_capped_and_only_what_is_robust_is_
 
 def ensemble_c(**kw):
     return SimpleNamespace(**{"eps": 0.03, "alpha": 0.0075, "classes": 5, "batch_size": 10,
-                              "seed": 0} | kw)
+                              "seed": 0, "device": "cpu", "shape": (1, 8, 8), "patch_size": 1,
+                              "d_model": 8} | kw)
 
 
 def test_autoattack_is_the_worst_case_of_four_attacks_each_on_what_is_left(monkeypatch):
@@ -1923,7 +1924,12 @@ def test_each_stage_agrees_image_by_image_with_pyautoattack(kind, radii):
                       *robust.sum(1).tolist(), int((robust[0] != robust[1]).sum()),
                       *worst.sum(1).tolist(), int((worst[0] != worst[1]).sum())))
             assert 0 < robust[0].sum() < len(y), (eps, attack, robust[0].sum())
-            assert (robust[0] != robust[1]).sum() <= 4, (eps, attack)  # theirs, two seeds: up to 3
+            if attack is theirs.square:         # chance decides more: a sign test on who differs
+                b, n = int((robust[0] & ~robust[1]).sum()), int((robust[0] != robust[1]).sum())
+                p = 2 * sum(math.comb(n, k) for k in range(min(b, n - b) + 1)) / 2 ** n
+                assert p > 0.01, (eps, b, n)
+            else:
+                assert (robust[0] != robust[1]).sum() <= 4, (eps, attack)
         assert (worst[0] != worst[1]).sum() <= 1, eps
 
 
@@ -2286,6 +2292,42 @@ def test_a_job_that_memory_does_not_suffice_for_has_no_peak_and_a_bug_is_no_lack
         assert raises(error) is None
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         raises(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pgd_in_parts_is_pgd_with_each_kernel_made_once(name, monkeypatch):
+    c = SimpleNamespace(shape=(1, 512, 512), patch_size=8, d_model=32, device="cpu", batch_size=7)
+    assert [train.part_size(SimpleNamespace(**vars(c) | v)) for v in (     # 2^18 = 64 * 64 * 32 * 2
+        {}, {"d_model": 1000}, {"device": "cuda:0"})] == [2, 1, 7]
+    model, (x, y), made, seen = tiny(name), images(), [], []
+    model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    script, once = MODELS[name], MODELS[name].once
+    monkeypatch.setattr(script, "once", lambda m, key, make: once(
+        m, key, lambda: made.append((m, key)) or make()))
+    monkeypatch.setattr(train, "part_size", lambda c: 2)
+    x_adv = []
+    for attack in (train.in_parts(c, 3, EPS, ALPHA),
+                   lambda *args: torch.cat([script.pgd(args[0], *part, EPS, ALPHA, 3)
+                                            for part in zip(x.split(2), y.split(2))])):
+        made.clear(), seen.clear()
+        torch.manual_seed(0)
+        x_adv.append(attack(model, x, y))
+        if not x_adv[1:]:
+            assert len(made) == len(set(made)) and set(seen) <= {1, 2}
+            assert sum(seen) == 3 * len(x)
+    assert torch.equal(*x_adv) and (x_adv[0] - x).abs().amax((1, 2, 3)).min() > 0
+
+
+def test_training_attacks_in_parts(monkeypatch):
+    c, (x, y), seen = bench_settings(), images(), []
+    real = train.pgd
+    monkeypatch.setattr(train, "part_size", lambda c: 1)
+    monkeypatch.setattr(train, "pgd", lambda m, x, *rest: seen.append(len(x)) or real(m, x, *rest))
+    model = tiny("s4")
+    train.loss_backward(c, "pgd", model, x, y, EPS, ALPHA)
+    train.evaluate(model, (255 * x).to(torch.uint8), model(x).argmax(1), ("clean", "pgd-2"),
+                   c, "test")
+    assert set(seen) == {1} and len(seen) > len(x)
 
 
 @pytest.mark.parametrize("method", ("standard", "pgd", "trades"))

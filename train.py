@@ -45,7 +45,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from ads import ACTIVATIONS, CONTROLS, error_parts
-from s4_adv import ascend, drawn_digits, fgsm, frozen, param_groups, pgd, pgd_at_loss, trades_loss
+from s4_adv import ascend, drawn_digits, fgsm, frozen, param_groups, pgd, trades_loss
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
@@ -223,13 +223,32 @@ def augment(x, pad, flip, generator):
 # Training methods: each leaves the gradient of one optimiser step, and returns its loss
 # --------------------------------------------------------------------------------------------------
 
-def loss_of(method, model, x, y, eps, alpha, steps, beta):
+def part_size(c):
+    """Images that PGD takes at a time: on a CPU as many as have 2^18 numbers (1 MiB in float32) in
+    a hidden sequence, where a step is fastest; on a GPU the batch."""
+    tokens = c.shape[1] * c.shape[2] // c.patch_size ** 2
+    return max(1, 2 ** 18 // (tokens * c.d_model)) if c.device.startswith("cpu") else c.batch_size
+
+
+def in_parts(c, steps, eps, alpha):
+    """pgd as a function (model, x, y) -> x_adv, part_size(c) images at a time under one `frozen`:
+    each kernel is computed once for all, and what a step works on stays in the cache."""
+    def attack(model, x, y):
+        n = part_size(c)
+        with frozen(model):
+            return torch.cat([pgd(model, *part, eps, alpha, steps)
+                              for part in zip(x.split(n), y.split(n))])
+    return attack
+
+
+def loss_of(c, method, model, x, y, eps, alpha):
     """The loss of standard training, PGD-AT (Madry et al. 2018) or TRADES (Zhang et al. 2019)."""
-    if method == "standard":
-        return F.cross_entropy(model(x), y)
     if method == "pgd":
-        return pgd_at_loss(model, x, y, eps, alpha, steps)
-    return trades_loss(model, x, y, eps, alpha, steps, beta)
+        x_adv = in_parts(c, c.steps, eps, alpha)(model, x, y)
+        return F.cross_entropy(model(x_adv), y)                         # pgd_at_loss, in parts
+    if method == "trades":
+        return trades_loss(model, x, y, eps, alpha, c.steps, c.beta)
+    return F.cross_entropy(model(x), y)
 
 
 def free_backward(model, x, y, noise, eps):
@@ -1023,7 +1042,7 @@ def attacks_of(spec, c):
     kind, _, size = spec.partition("-")
     steps, _, restarts = size.partition("x")
     if kind == "pgd" and steps.isdigit() and (restarts or "1").isdigit() and int(restarts or 1):
-        once = [lambda model, x, y: pgd(model, x, y, c.eps, c.alpha, int(steps))]
+        once = [in_parts(c, int(steps), c.eps, c.alpha)]
         return once * int(restarts or 1)
     raise UserError(f"--attacks {spec}: no such attack; choose from clean, fgsm, pgd-K and pgd-KxR "
                     f"(K steps, R restarts), {', '.join([*ENSEMBLES, *AUTO])}, pgd-official, "
@@ -1499,7 +1518,7 @@ def loss_backward(c, method, model, x, y, eps, alpha):
     """loss_of and its gradient, --micro-batch images at a time: memory for these, the same mean."""
     total, n = 0.0, c.micro_batch or len(x)
     for x_m, y_m in zip(x.split(n), y.split(n)):
-        loss = loss_of(method, model, x_m, y_m, eps, alpha, c.steps, c.beta) * (len(x_m) / len(x))
+        loss = loss_of(c, method, model, x_m, y_m, eps, alpha) * (len(x_m) / len(x))
         loss.backward()
         total = total + loss.detach()
     return total
@@ -1523,13 +1542,15 @@ def plain_scan(a, b):
 @contextmanager
 def plainly():
     """Within it the work is done as one would first write it down, to compare: each kernel is
-    computed at each step, weights are not frozen, and autograd stores every state of a loop."""
+    computed at each step, weights are not frozen, PGD takes the whole batch, and autograd stores
+    every state of a loop."""
     from unittest.mock import patch
     with ExitStack() as stack:
         for module, names in ((s4_adv, {"Convolution": SimpleNamespace(apply=plain_convolution),
                                         "Scan": SimpleNamespace(apply=plain_scan)}),
                               (mamba_adv, {"selective_scan": mamba_adv.selective_scan_loop}),
-                              (attention_adv, {}), (sys.modules[__name__], {})):
+                              (attention_adv, {}),
+                              (sys.modules[__name__], {"part_size": lambda c: c.batch_size})):
             names["frozen"] = nullcontext
             if module in SCRIPTS.values():
                 names["once"] = lambda module, key, make: make()
@@ -1586,7 +1607,7 @@ def bench_jobs(c, form="fast"):
 
     @reduced(c)
     def attack():
-        pgd(model, x, y, c.eps, c.alpha, 1)
+        in_parts(c, 1, c.eps, c.alpha)(model, x, y)
 
     @reduced(c)
     def step(method):
