@@ -2143,6 +2143,11 @@ def test_the_tables_of_results_in_the_readme_are_what_their_commands_print(monke
         runs = sorted(str(run) for run in Path(folder).iterdir())
         assert train.main(["--table", *runs]) == 0
         assert capsys.readouterr().out.strip() in text
+    monkeypatch.chdir(HERE / "results")
+    (folder, file), = re.findall(
+        r"`cd results && python \.\./train\.py --table (\S+)/\* > (\S+)`", text)
+    assert train.main(["--table", *sorted(str(run) for run in Path(folder).iterdir())]) == 0
+    assert capsys.readouterr().out == Path(file).read_text()
 
 
 def test_every_command_of_the_readme_parses():
