@@ -225,14 +225,14 @@ def augment(x, pad, flip, generator):
 
 def part_size(c):
     """Images that PGD takes at a time: on a CPU as many as have 2^18 numbers (1 MiB in float32) in
-    a hidden sequence, where a step is fastest; on a GPU the batch."""
+    a hidden sequence, so that they stay in its cache; on a GPU the batch."""
     tokens = c.shape[1] * c.shape[2] // c.patch_size ** 2
     return max(1, 2 ** 18 // (tokens * c.d_model)) if c.device.startswith("cpu") else c.batch_size
 
 
 def in_parts(c, steps, eps, alpha):
     """pgd as a function (model, x, y) -> x_adv, part_size(c) images at a time under one `frozen`:
-    each kernel is computed once for all, and what a step works on stays in the cache."""
+    each kernel is computed once for all."""
     def attack(model, x, y):
         n = part_size(c)
         with frozen(model):
