@@ -572,11 +572,13 @@ def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
     The weights' version counters are part of the key: a weight changed in place makes a new result,
-    and one that wants a gradient is never remembered. Autocast is off: kernels need all their bits.
+    and one that wants a gradient is never remembered; nor is anything where torch.compile traces.
+    Autocast is off: kernels need all their bits.
     """
     weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type, enabled=False):
-        if module not in MEMO or any(w.requires_grad for w in weights):
+        if (torch.compiler.is_compiling() or module not in MEMO
+                or any(w.requires_grad for w in weights)):
             return make()
         memo, key = MEMO[module], (key, *((w.data_ptr(), w._version) for w in weights))
         if key not in memo:
@@ -632,27 +634,42 @@ def pgd(model, x, y, eps, alpha, steps):
                   x, start, eps, alpha, steps)
 
 
-def pgd_at_loss(model, x, y, eps, alpha, steps):
-    """CE(model(pgd(...)), y), mean over the batch; arguments as pgd.  Madry et al. 2018, Eq. 2.1"""
-    return F.cross_entropy(model(pgd(model, x, y, eps, alpha, steps)), y)
+def kl_pgd(model, x, log_p, eps, alpha, steps):
+    """max_{|delta|_inf <= eps} KL(p || p(x + delta)), by ascent.         Zhang et al. 2019, Alg. 1
+
+    log_p  (B, n_classes)  log-probabilities of the clean images.  Others, and the result, as in pgd
+    It starts from x + 0.001 normal noise: at x itself the KL is flat.
+    """
+    return ascend(model, lambda z: kl_divergence(log_p, model(z), "sum"),
+                  x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
 
 
-def trades_loss(model, x, y, eps, alpha, steps, beta):
+def kl_divergence(log_p, logits, reduction):
+    """KL(p || softmax(logits)), a scalar: of the batch the "sum" or its mean, "batchmean"."""
+    return F.kl_div(logits.log_softmax(1), log_p, reduction=reduction, log_target=True)
+
+
+def pgd_at_loss(model, x, y, eps, alpha, steps, attack=pgd):
+    """CE(model(pgd(...)), y), mean over the batch; arguments as pgd.  Madry et al. 2018, Eq. 2.1
+
+    attack  function  what is to be called as pgd, in its place
+    """
+    return F.cross_entropy(model(attack(model, x, y, eps, alpha, steps)), y)
+
+
+def trades_loss(model, x, y, eps, alpha, steps, beta, attack=kl_pgd):
     """CE(model(x), y) + beta max_delta KL(p(x) || p(x + delta)).         Zhang et al. 2019, Alg. 1
 
-    beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
-    Mean over the batch. The maximum is sought from x + 0.001 normal noise: at x the KL is flat.
+    beta    float     weight of the robust term, no unit; 0 is standard training
+    attack  function  what is to be called as kl_pgd, in its place.  Others as in pgd
+    Mean over the batch.
     """
-    def kl(log_q, log_p, reduction):
-        return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)     # KL(p || q)
-
     with frozen(model):
         with torch.no_grad():
-            target = model(x).log_softmax(1)
-        x_adv = ascend(model, lambda z: kl(model(z).log_softmax(1), target, "sum"),
-                       x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
+            log_p = model(x).log_softmax(1)
+        x_adv = attack(model, x, log_p, eps, alpha, steps)
     logits = model(x)
-    robust = kl(model(x_adv).log_softmax(1), logits.log_softmax(1), "batchmean")
+    robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
     return F.cross_entropy(logits, y) + beta * robust
 
 

@@ -45,7 +45,8 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from ads import ACTIVATIONS, CONTROLS, error_parts
-from s4_adv import ascend, drawn_digits, fgsm, frozen, param_groups, pgd, trades_loss
+from s4_adv import (ascend, drawn_digits, fgsm, frozen, kl_pgd, param_groups, pgd, pgd_at_loss,
+                    trades_loss)
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
@@ -224,30 +225,29 @@ def augment(x, pad, flip, generator):
 # --------------------------------------------------------------------------------------------------
 
 def part_size(c):
-    """Images that PGD takes at a time: on a CPU as many as have 2^18 numbers (1 MiB in float32) in
-    a hidden sequence, so that they stay in its cache; on a GPU the batch."""
+    """Images that an attack takes at a time: on a CPU as many as have 2^18 numbers (1 MiB in
+    float32) in a hidden sequence, so that they stay in its cache; on a GPU the batch."""
     tokens = c.shape[1] * c.shape[2] // c.patch_size ** 2
-    return max(1, 2 ** 18 // (tokens * c.d_model)) if c.device.startswith("cpu") else c.batch_size
+    width = 2 * c.d_model if c.model == "mamba" else c.d_model
+    return max(1, 2 ** 18 // (tokens * width)) if c.device.startswith("cpu") else c.batch_size
 
 
-def in_parts(c, steps, eps, alpha):
-    """pgd as a function (model, x, y) -> x_adv, part_size(c) images at a time under one `frozen`:
-    each kernel is computed once for all."""
-    def attack(model, x, y):
+def in_parts(c, attack):
+    """attack, pgd or the like, taking part_size(c) images at a time under one `frozen`: each kernel
+    is computed once for all."""
+    def attack_parts(model, x, y, *args):
         n = part_size(c)
         with frozen(model):
-            return torch.cat([pgd(model, *part, eps, alpha, steps)
-                              for part in zip(x.split(n), y.split(n))])
-    return attack
+            return torch.cat([attack(model, *part, *args) for part in zip(x.split(n), y.split(n))])
+    return attack_parts
 
 
 def loss_of(c, method, model, x, y, eps, alpha):
     """The loss of standard training, PGD-AT (Madry et al. 2018) or TRADES (Zhang et al. 2019)."""
     if method == "pgd":
-        x_adv = in_parts(c, c.steps, eps, alpha)(model, x, y)
-        return F.cross_entropy(model(x_adv), y)                         # pgd_at_loss, in parts
+        return pgd_at_loss(model, x, y, eps, alpha, c.steps, in_parts(c, pgd))
     if method == "trades":
-        return trades_loss(model, x, y, eps, alpha, c.steps, c.beta)
+        return trades_loss(model, x, y, eps, alpha, c.steps, c.beta, in_parts(c, kl_pgd))
     return F.cross_entropy(model(x), y)
 
 
@@ -1042,8 +1042,8 @@ def attacks_of(spec, c):
     kind, _, size = spec.partition("-")
     steps, _, restarts = size.partition("x")
     if kind == "pgd" and steps.isdigit() and (restarts or "1").isdigit() and int(restarts or 1):
-        once = [in_parts(c, int(steps), c.eps, c.alpha)]
-        return once * int(restarts or 1)
+        attack = in_parts(c, pgd)
+        return [lambda *xy: attack(*xy, c.eps, c.alpha, int(steps))] * int(restarts or 1)
     raise UserError(f"--attacks {spec}: no such attack; choose from clean, fgsm, pgd-K and pgd-KxR "
                     f"(K steps, R restarts), {', '.join([*ENSEMBLES, *AUTO])}, pgd-official, "
                     "separated by commas")
@@ -1515,8 +1515,12 @@ def reduced(c):
 
 
 def loss_backward(c, method, model, x, y, eps, alpha):
-    """loss_of and its gradient, --micro-batch images at a time: memory for these, the same mean."""
-    total, n = 0.0, c.micro_batch or len(x)
+    """loss_of and its gradient, --micro-batch images at a time: memory for these, the same mean.
+
+    Left out, it is the batch, since each part computes its kernels anew; Mamba, which has none,
+    takes part_size(c).
+    """
+    total, n = 0.0, c.micro_batch or (part_size(c) if c.model == "mamba" else len(x))
     for x_m, y_m in zip(x.split(n), y.split(n)):
         loss = loss_of(c, method, model, x_m, y_m, eps, alpha) * (len(x_m) / len(x))
         loss.backward()
@@ -1558,9 +1562,9 @@ def plainly():
         yield
 
 
-FORMS = {"fast": nullcontext, "plain": plainly, "peer": plainly}
-
-
+# The forms of a work that --bench compares: the context of each, and what it changes in c.
+FORMS = {"fast": (nullcontext, {}), "bf16": (nullcontext, {"precision": "bf16"}),
+         "no-ads": (nullcontext, {"ads": None}), "plain": (plainly, {}), "peer": (plainly, {})}
 PEERS = {"s5": "s5-pytorch", "mamba": "mambapy"}                         # on PyPI, without AdS
 
 
@@ -1607,7 +1611,7 @@ def bench_jobs(c, form="fast"):
 
     @reduced(c)
     def attack():
-        in_parts(c, 1, c.eps, c.alpha)(model, x, y)
+        in_parts(c, pgd)(model, x, y, c.eps, c.alpha, 1)
 
     @reduced(c)
     def step(method):
@@ -1680,13 +1684,15 @@ def growth(job, device):
 def sample(c, name, form):
     """A job, run once for the growth of memory, once more for the rest: timed(...), growth(...).
 
-    In a new process: a peak never falls, and keep_memory is ours, the other forms run without.
+    In a new process: a peak never falls, and keep_memory is ours, plain and peer run without.
     """
     all_bits()
-    if form == "fast":
+    context, changes = FORMS[form]
+    if context is nullcontext:
         keep_memory()
+    c = SimpleNamespace(**vars(c) | changes)
     job = bench_jobs(c, form)[name]
-    with FORMS[form]():
+    with context():
         peak = growth(job, c.device)
         return *timed(c, job), peak
 
@@ -1706,15 +1712,15 @@ def timings(c, L):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = SimpleNamespace(**vars(c) | {"shape": (c.shape[0], c.patch_size, c.patch_size * L)})
     which, costs = 0 if c.device.startswith("cuda") else 1, {}
-    forms = ["fast", "plain"] + ["peer"] * c.peer
-    samples = {(name, form): [] for name in bench_jobs(c) for form in forms}
+    samples = {(name, form): [] for name in bench_jobs(c) for form in c.forms
+               if (name, form) != ("evaluation", "bf16")}                   # it never runs in bf16
     for _ in range(c.bench):                                                # interleaved
         for key, seen in samples.items():
             if None not in seen:
                 seen.append(sample_apart(c, *key))
     for (name, form), seen in samples.items():
         if None in seen:
-            say(f"{L:5d}  {name:16} {form:5}  did not fit into memory")
+            say(f"{L:5d}  {name:16} {form:6}  did not fit into memory")
             continue
         seconds, cpu, share, peak = (statistics.median(v) for v in zip(*seen))
         cost = [s[which] for s in seen]
@@ -1728,21 +1734,27 @@ def timings(c, L):
 
 
 def bench(c):
-    """--bench: what each kind of work costs, fast, plain (see plainly) and by a peer (see peer);
-    table and bench.csv."""
+    """--bench: what each kind of work costs in each of FORMS; table and bench.csv."""
+    asked = c.forms or FORMS
+    here = {"fast": True, "bf16": c.precision == "fp32" and has(c, "bf16"), "no-ads": c.ads,
+            "plain": True, "peer": "peer" in asked and peer(c)}
+    if c.forms and (missing := [form for form in c.forms if not here.get(form)]):
+        raise UserError(f"--forms {missing[0]}: choose from fast, plain; bf16 (--precision fp32, "
+                        "where the device has it); no-ads (with --ads); peer (s5: s5-pytorch, "
+                        "mamba: mambapy, installed, without --ads and --control)")
+    c.forms = [form for form in FORMS if form in asked and here[form]]
     held, rows = lock(Path(c.out)), []
-    c.peer = peer(c) is not None
     say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
-        f"batch {c.batch_size}, micro-batch {c.micro_batch or 'all'}, {c.precision}, "
+        f"batch {c.batch_size}, micro-batch {c.micro_batch or 'by itself'}, {c.precision}, "
         f"{machine(c)['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
         f"Medians of {c.bench} interleaved runs, each the second one of a new process. Spread "
         "(max - min) and times fast: of CPU seconds (GPU: of seconds).\nPeak MB: growth of memory. "
         "Kernel: its share of the time, without its gradient.\n"
-        "    L  work             form   seconds    CPU s  spread  images/s  us/token   peak MB  "
+        "    L  work             form    seconds    CPU s  spread  images/s  us/token   peak MB  "
         "kernel  times fast")
     for L in c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]:
         for row in timings(c, L):
-            say("{L:5d}  {work:16} {form:5} {seconds:9.3f} {cpu_seconds:8.3f} {spread:7.0%} "
+            say("{L:5d}  {work:16} {form:6} {seconds:9.3f} {cpu_seconds:8.3f} {spread:7.0%} "
                 "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
                 "{times_fast:11.2f}".format(**row))
             rows.append(dict(model=c.model, ads=c.ads, batch=c.batch_size, **row))
@@ -2095,7 +2107,8 @@ def parser():
          shown="1; tiny-imagenet, synthetic 4")
     flag("--batch-size", type=int, metavar="B", shown="by data set; --bench 16",
          help="images of a step, over all processes")
-    flag("--micro-batch", type=int, metavar="M", shown="all",
+    flag("--micro-batch", type=int, metavar="M",
+         shown="all; mamba on a CPU: what its cache holds",
          help="images of a batch at a time: less memory, the same step; not for free and yopo")
     flag("--epochs", type=int, help="passes over the training images", shown=by)
     flag("--lr", type=float, help="AdamW's learning rate, cosine to 0", shown=by)
@@ -2133,6 +2146,8 @@ def parser():
          help="time N runs of each kind of work instead of training, on random images")
     flag("--lengths", type=counts, metavar="L,L", shown="that of the data set",
          help="--bench: tokens of an image")
+    flag("--forms", type=comma_list, metavar="F,F", shown="all that there are",
+         help="--bench: fast, bf16, no-ads (the same without --ads), plain, peer")
     flag("--checks", action="store_true", shown="none",
          help="with --evaluate: look for masked gradients, on 200 images; exit code 1 if found")
     flag("--eps-sweep", type=lambda text: [fraction(v) for v in text.split(",")], metavar="E,E",
@@ -2223,6 +2238,13 @@ def restored(c, given, state, path, free):
     return SimpleNamespace(**{**vars(c), **kept, **{k: given[k] for k in free if k in given}})
 
 
+def has(c, precision):
+    """Can c.device do it? A GPU: from compute capability 8.0 on; a CPU: bf16, but not tf32."""
+    kind = torch.device(c.device).type
+    ampere = kind == "cuda" and torch.cuda.get_device_capability(c.device) >= (8, 0)
+    return ampere or precision in ("fp32", "fp64") or (precision, kind) == ("bf16", "cpu")
+
+
 def check(c):
     """c, if it can be run.  UserError for the first thing that cannot."""
     def refuse(name, why):
@@ -2272,8 +2294,7 @@ def check(c):
     if c.micro_batch and c.method in ("free", "yopo"):
         refuse("micro_batch", f"--method {c.method} takes a batch at once; leave it out")
     kind = torch.device(c.device).type
-    ampere = kind == "cuda" and torch.cuda.get_device_capability(c.device) >= (8, 0)
-    if c.precision in ("bf16", "tf32") and not (ampere or (c.precision, kind) == ("bf16", "cpu")):
+    if not has(c, c.precision):
         refuse("precision", f"{c.device} has none; use a GPU of compute capability 8.0 or above, "
                "or leave it out" + " (bf16 runs on a CPU, too)" * (kind == "cpu"))
     if c.bench is None:
