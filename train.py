@@ -228,8 +228,7 @@ def part_size(c):
     """Images that an attack takes at a time: on a CPU as many as have 2^18 numbers (1 MiB in
     float32) in a hidden sequence, so that they stay in its cache; on a GPU the batch."""
     tokens = c.shape[1] * c.shape[2] // c.patch_size ** 2
-    width = 2 * c.d_model if c.model == "mamba" else c.d_model
-    return max(1, 2 ** 18 // (tokens * width)) if c.device.startswith("cpu") else c.batch_size
+    return max(1, 2 ** 18 // (tokens * c.d_model)) if c.device.startswith("cpu") else c.batch_size
 
 
 def in_parts(c, attack):
@@ -1518,7 +1517,7 @@ def loss_backward(c, method, model, x, y, eps, alpha):
     """loss_of and its gradient, --micro-batch images at a time: memory for these, the same mean.
 
     Left out, it is the batch, since each part computes its kernels anew; Mamba, which has none,
-    takes part_size(c).
+    takes part_size(c): less memory, about the same time.
     """
     total, n = 0.0, c.micro_batch or (part_size(c) if c.model == "mamba" else len(x))
     for x_m, y_m in zip(x.split(n), y.split(n)):
