@@ -192,7 +192,9 @@ def test_the_names_that_coursework_copies_keep_their_arguments(script):
                          "pgd_at_loss": "model x y eps alpha steps",
                          "trades_loss": "model x y eps alpha steps beta",
                          "accuracy": "model batches attack"}.items():
-        assert list(inspect.signature(getattr(script, f)).parameters) == arguments.split()
+        found, arguments = inspect.signature(getattr(script, f)).parameters, arguments.split()
+        assert list(found)[:len(arguments)] == arguments
+        assert all(v.default is not v.empty for v in list(found.values())[len(arguments):])
     assert list(inspect.signature(script.Classifier).parameters)[:7] == (
         "in_channels n_classes d_model d_state n_layers patch_size ads".split())
 
