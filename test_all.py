@@ -15,10 +15,12 @@ import math
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -2245,6 +2247,14 @@ def test_bench_times_every_work_in_every_form_at_every_length_into_a_table_and_a
     text = capsys.readouterr().out
     assert text.count("evaluation       plain   did not fit into memory") == 2
     assert text.count("\n") == 4 + len(expected) and "micro-batch by itself" in text
+
+
+def test_the_plain_form_is_plain_in_the_processes_of_bench_too():
+    main = runpy.run_path(str(HERE / "train.py"), run_name="__mp_main__")   # as a new process does
+    names, c = main["in_parts"].__globals__, bench_settings("s4", "--batch-size", "1000")
+    with main["plainly"]():
+        assert names["frozen"] is nullcontext and names["part_size"](c) == 1000
+    assert names["frozen"] is s4_adv.frozen and names["part_size"](c) == train.part_size(c) != 1000
 
 
 def test_bench_measures_each_form_with_what_it_says(monkeypatch):

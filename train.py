@@ -1552,12 +1552,12 @@ def plainly():
         for module, names in ((s4_adv, {"Convolution": SimpleNamespace(apply=plain_convolution),
                                         "Scan": SimpleNamespace(apply=plain_scan)}),
                               (mamba_adv, {"selective_scan": mamba_adv.selective_scan_loop}),
-                              (attention_adv, {}),
-                              (sys.modules[__name__], {"part_size": lambda c: c.batch_size})):
-            names["frozen"] = nullcontext
-            if module in SCRIPTS.values():
-                names["once"] = lambda module, key, make: make()
-            stack.enter_context(patch.multiple(module, **names))
+                              (attention_adv, {})):
+            stack.enter_context(patch.multiple(
+                module, frozen=nullcontext, once=lambda module, key, make: make(), **names))
+        # Not the module's attributes: in a process of --bench they are a copy of these.
+        stack.enter_context(patch.dict(globals(), frozen=nullcontext,
+                                       part_size=lambda c: c.batch_size))
         yield
 
 
