@@ -374,25 +374,21 @@ def kl_divergence(log_p, logits, reduction):
     return F.kl_div(logits.log_softmax(1), log_p, reduction=reduction, log_target=True)
 
 
-def pgd_at_loss(model, x, y, eps, alpha, steps, attack=pgd):
-    """CE(model(pgd(...)), y), mean over the batch; arguments as pgd.  Madry et al. 2018, Eq. 2.1
-
-    attack  function  what is to be called as pgd, in its place
-    """
-    return F.cross_entropy(model(attack(model, x, y, eps, alpha, steps)), y)
+def pgd_at_loss(model, x, y, eps, alpha, steps):
+    """CE(model(pgd(...)), y), mean over the batch; arguments as pgd.  Madry et al. 2018, Eq. 2.1"""
+    return F.cross_entropy(model(pgd(model, x, y, eps, alpha, steps)), y)
 
 
-def trades_loss(model, x, y, eps, alpha, steps, beta, attack=kl_pgd):
+def trades_loss(model, x, y, eps, alpha, steps, beta):
     """CE(model(x), y) + beta max_delta KL(p(x) || p(x + delta)).         Zhang et al. 2019, Alg. 1
 
-    beta    float     weight of the robust term, no unit; 0 is standard training
-    attack  function  what is to be called as kl_pgd, in its place.  Others as in pgd
+    beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
     Mean over the batch.
     """
     with frozen(model):
         with torch.no_grad():
             log_p = model(x).log_softmax(1)
-        x_adv = attack(model, x, log_p, eps, alpha, steps)
+        x_adv = kl_pgd(model, x, log_p, eps, alpha, steps)
     logits = model(x)
     robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
     return F.cross_entropy(logits, y) + beta * robust

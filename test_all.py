@@ -194,9 +194,7 @@ def test_the_names_that_coursework_copies_keep_their_arguments(script):
                          "pgd_at_loss": "model x y eps alpha steps",
                          "trades_loss": "model x y eps alpha steps beta",
                          "accuracy": "model batches attack"}.items():
-        found, arguments = inspect.signature(getattr(script, f)).parameters, arguments.split()
-        assert list(found)[:len(arguments)] == arguments
-        assert all(v.default is not v.empty for v in list(found.values())[len(arguments):])
+        assert list(inspect.signature(getattr(script, f)).parameters) == arguments.split()
     assert list(inspect.signature(script.Classifier).parameters)[:7] == (
         "in_channels n_classes d_model d_state n_layers patch_size ads".split())
 
@@ -2148,10 +2146,27 @@ def test_the_tables_of_results_in_the_readme_are_what_their_commands_print(monke
         assert train.main(["--table", *runs]) == 0
         assert capsys.readouterr().out.strip() in text
     monkeypatch.chdir(HERE / "results")
-    (folder, file), = re.findall(
-        r"`cd results && python \.\./train\.py --table (\S+)/\* > (\S+)`", text)
-    assert train.main(["--table", *sorted(str(run) for run in Path(folder).iterdir())]) == 0
-    assert capsys.readouterr().out == Path(file).read_text()
+    for folder, file in re.findall(
+            r"`cd results && python \.\./train\.py --table (\S+)/\* > (\S+)`", text):
+        assert train.main(["--table", *sorted(str(run) for run in Path(folder).iterdir())]) == 0
+        assert capsys.readouterr().out == Path(file).read_text()
+
+
+def test_the_accuracies_under_attack_in_the_readme_are_those_of_the_logs():
+    text = (HERE / "README.md").read_text()
+    table = re.search(r"^(\| model \|.*\| aa \|.*)\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+    heads, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                    for line in (table[1], *table[2].splitlines())]
+    logs = [HERE / re.search(r"\((results/evaluation/\S+)\)", row[-1])[1] for row in rows]
+    if not all(log.exists() for log in logs):
+        pytest.skip("no results/ beside the code")
+    for row, log in zip(rows, logs):
+        found = re.findall(r"^(\S+) +([\d.]+)% +[\d.]+% - +[\d.]+% +([\d,]+) ",
+                           log.read_text(), re.M)
+        assert row[heads.index("n")] in {n for _, _, n in found} and len(found) > 2
+        accuracies = {name: f"{float(value):.1f}" for name, value, _ in found}
+        for head, cell in zip(heads[heads.index("n") + 1:-1], row[heads.index("n") + 1:-1]):
+            assert cell == accuracies.get(head, ""), (log.name, head)
 
 
 def test_every_command_of_the_readme_parses():
@@ -2261,7 +2276,7 @@ def test_bench_measures_each_form_with_what_it_says(monkeypatch):
     c, seen = bench_settings("s4", "--ads", "--batch-size", "2"), []
     monkeypatch.setattr(train, "bench_jobs", lambda c, form: {"work": lambda: seen.append(
         (form, c.precision, c.ads, train.part_size(c)))})
-    monkeypatch.setattr(train, "part_size", lambda c: 1)
+    monkeypatch.setattr(train, "part_size", lambda c, *width: 1)
     for form in train.FORMS:
         train.sample(c, "work", form)
     assert seen[::2] == seen[1::2] == [
@@ -2349,7 +2364,7 @@ def test_an_attack_in_parts_is_that_of_the_batch_with_each_kernel_made_once(
     script, once = MODELS[name], MODELS[name].once
     monkeypatch.setattr(script, "once", lambda m, key, make: once(
         m, key, lambda: made.append((m, key)) or make()))
-    monkeypatch.setattr(train, "part_size", lambda c: 2)
+    monkeypatch.setattr(train, "part_size", lambda c, *width: 2)
     x_adv, whole = [], getattr(script, attack)
     y = model(x).log_softmax(1).detach() if attack == "kl_pgd" else y
     for attack in (train.in_parts(c, whole), whole):
@@ -2392,7 +2407,7 @@ def test_a_compiled_model_is_attacked_alike_and_keeps_no_kernel(name):
 def test_training_attacks_in_parts(monkeypatch):
     c, (x, y), model, seen = bench_settings(), images(), tiny("s4"), []
     pixels = (255 * x).to(torch.uint8)
-    monkeypatch.setattr(train, "part_size", lambda c: 1)
+    monkeypatch.setattr(train, "part_size", lambda c, *width: 1)
     for name in ("pgd", "kl_pgd"):
         real = getattr(train, name)
         monkeypatch.setattr(train, name, lambda m, x, *rest, real=real, name=name: seen.append(
@@ -2408,13 +2423,35 @@ def test_training_attacks_in_parts(monkeypatch):
 
 
 def test_mamba_trains_on_what_a_cache_holds_and_others_on_the_batch(monkeypatch):
-    monkeypatch.setattr(train, "part_size", lambda c: 2)
+    wide = 2 * bench_settings().d_model
+    monkeypatch.setattr(train, "part_size", lambda c, width=0: 2 if width == wide else 4)
     for name, given, sizes in (("mamba", None, [2, 2, 1]), ("mamba", 3, [3, 2]), ("s4", None, [5])):
         c, (x, y), model, seen = bench_settings(name), images(), tiny(name), []
         c.micro_batch = given
         model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
         train.loss_backward(c, "standard", model, x, y, EPS, ALPHA)
         assert seen == sizes
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ("pgd", "trades"))
+def test_train_py_s_losses_are_those_of_the_scripts(name, method, monkeypatch):
+    c, (x, y), model = bench_settings(name, "--beta", "3"), images(), tiny(name)
+    script, c.micro_batch, at = MODELS[name], 2, (x, y, EPS, ALPHA, c.steps)
+    monkeypatch.setattr(train, "part_size", lambda c, *width: 3)
+
+    def theirs():
+        loss = script.pgd_at_loss(model, *at) if method == "pgd" else script.trades_loss(
+            model, *at, c.beta)
+        loss.backward()
+        return loss
+    seen = []
+    for work in (theirs, lambda: train.loss_backward(c, method, model, x, y, EPS, ALPHA)):
+        torch.manual_seed(0)
+        model.zero_grad()
+        seen.append([work(), *(w.grad.clone() for w in model.parameters())])
+    for a, b in zip(*seen):
+        close(a, b)
 
 
 @pytest.mark.parametrize("method", ("standard", "pgd", "trades"))

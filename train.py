@@ -45,8 +45,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from ads import ACTIVATIONS, CONTROLS, error_parts
-from s4_adv import (ascend, drawn_digits, fgsm, frozen, kl_pgd, param_groups, pgd, pgd_at_loss,
-                    trades_loss)
+from s4_adv import (ascend, drawn_digits, fgsm, frozen, kl_divergence, kl_pgd, param_groups, pgd)
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
@@ -224,11 +223,12 @@ def augment(x, pad, flip, generator):
 # Training methods: each leaves the gradient of one optimiser step, and returns its loss
 # --------------------------------------------------------------------------------------------------
 
-def part_size(c):
-    """Images that an attack takes at a time: on a CPU as many as have 2^18 numbers (1 MiB in
-    float32) in a hidden sequence, so that they stay in its cache; on a GPU the batch."""
+def part_size(c, width=None):
+    """Images at a time: on a CPU as many as have 2^18 numbers (1 MiB in float32) in a sequence of
+    so many channels, d_model unless given, so that they stay in its cache; on a GPU the batch."""
     tokens = c.shape[1] * c.shape[2] // c.patch_size ** 2
-    return max(1, 2 ** 18 // (tokens * c.d_model)) if c.device.startswith("cpu") else c.batch_size
+    numbers = tokens * (width or c.d_model)
+    return max(1, 2 ** 18 // numbers) if c.device.startswith("cpu") else c.batch_size
 
 
 def in_parts(c, attack):
@@ -241,13 +241,25 @@ def in_parts(c, attack):
     return attack_parts
 
 
-def loss_of(c, method, model, x, y, eps, alpha):
-    """The loss of standard training, PGD-AT (Madry et al. 2018) or TRADES (Zhang et al. 2019)."""
+def attacked(c, method, model, x, y, eps, alpha):
+    """What a method trains at: x, pgd's result for it, or that of TRADES; in parts."""
     if method == "pgd":
-        return pgd_at_loss(model, x, y, eps, alpha, c.steps, in_parts(c, pgd))
+        return in_parts(c, pgd)(model, x, y, eps, alpha, c.steps)
     if method == "trades":
-        return trades_loss(model, x, y, eps, alpha, c.steps, c.beta, in_parts(c, kl_pgd))
-    return F.cross_entropy(model(x), y)
+        with frozen(model):
+            with torch.no_grad():
+                log_p = torch.cat([model(v).log_softmax(1) for v in x.split(part_size(c))])
+            return in_parts(c, kl_pgd)(model, x, log_p, eps, alpha, c.steps)
+    return x
+
+
+def loss_of(c, method, model, x, x_adv, y):
+    """The loss of standard training, PGD-AT (Madry et al. 2018) or TRADES (Zhang et al. 2019)."""
+    if method == "trades":                                              # pgd_at_loss, trades_loss
+        logits = model(x)
+        robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
+        return F.cross_entropy(logits, y) + c.beta * robust
+    return F.cross_entropy(model(x_adv), y)
 
 
 def free_backward(model, x, y, noise, eps):
@@ -1514,14 +1526,15 @@ def reduced(c):
 
 
 def loss_backward(c, method, model, x, y, eps, alpha):
-    """loss_of and its gradient, --micro-batch images at a time: memory for these, the same mean.
+    """The loss and its gradient, --micro-batch images at a time: memory for these, the same mean.
 
     Left out, it is the batch, since each part computes its kernels anew; Mamba, which has none,
-    takes part_size(c): less memory, about the same time.
+    takes what a cache holds of its 2 d_model inner channels.
     """
-    total, n = 0.0, c.micro_batch or (part_size(c) if c.model == "mamba" else len(x))
-    for x_m, y_m in zip(x.split(n), y.split(n)):
-        loss = loss_of(c, method, model, x_m, y_m, eps, alpha) * (len(x_m) / len(x))
+    parts = part_size(c, 2 * c.d_model) if c.model == "mamba" else len(x)
+    total, x_adv = 0.0, attacked(c, method, model, x, y, eps, alpha)
+    for part in zip(*(v.split(c.micro_batch or parts) for v in (x, x_adv, y))):
+        loss = loss_of(c, method, model, *part) * (len(part[0]) / len(x))
         loss.backward()
         total = total + loss.detach()
     return total
@@ -1557,7 +1570,7 @@ def plainly():
                 module, frozen=nullcontext, once=lambda module, key, make: make(), **names))
         # Not the module's attributes: in a process of --bench they are a copy of these.
         stack.enter_context(patch.dict(globals(), frozen=nullcontext,
-                                       part_size=lambda c: c.batch_size))
+                                       part_size=lambda c, *width: c.batch_size))
         yield
 
 
