@@ -634,14 +634,16 @@ def pgd(model, x, y, eps, alpha, steps):
                   x, start, eps, alpha, steps)
 
 
-def kl_pgd(model, x, log_p, eps, alpha, steps):
-    """max_{|delta|_inf <= eps} KL(p || p(x + delta)), by ascent.         Zhang et al. 2019, Alg. 1
+def kl_pgd(model, x, eps, alpha, steps):
+    """max_{|delta|_inf <= eps} KL(p(x) || p(x + delta)), by ascent.      Zhang et al. 2019, Alg. 1
 
-    log_p  (B, n_classes)  log-probabilities of the clean images.  Others, and the result, as in pgd
-    It starts from x + 0.001 normal noise: at x itself the KL is flat.
+    Arguments and result as pgd. It starts from x + 0.001 normal noise: at x itself the KL is flat.
     """
-    return ascend(model, lambda z: kl_divergence(log_p, model(z), "sum"),
-                  x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
+    with frozen(model):
+        with torch.no_grad():
+            log_p = model(x).log_softmax(1)
+        return ascend(model, lambda z: kl_divergence(log_p, model(z), "sum"),
+                      x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
 
 
 def kl_divergence(log_p, logits, reduction):
@@ -660,10 +662,11 @@ def trades_loss(model, x, y, eps, alpha, steps, beta):
     beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
     Mean over the batch.
     """
-    with frozen(model):
-        with torch.no_grad():
-            log_p = model(x).log_softmax(1)
-        x_adv = kl_pgd(model, x, log_p, eps, alpha, steps)
+    return trades_at(model, x, kl_pgd(model, x, eps, alpha, steps), y, beta)
+
+
+def trades_at(model, x, x_adv, y, beta):
+    """CE(model(x), y) + beta KL(p(x) || p(x_adv)), mean over the batch: what TRADES descends."""
     logits = model(x)
     robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
     return F.cross_entropy(logits, y) + beta * robust

@@ -1791,6 +1791,7 @@ def test_targets_beyond_the_other_classes_are_capped_and_only_what_is_robust_is_
 
 def ensemble_c(**kw):
     return SimpleNamespace(**{"eps": 0.03, "alpha": 0.0075, "classes": 5, "batch_size": 10,
+                              "micro_batch": None,
                               "seed": 0, "device": "cpu", "shape": (1, 8, 8), "patch_size": 1,
                               "d_model": 8} | kw)
 
@@ -2355,7 +2356,8 @@ def test_a_job_that_memory_does_not_suffice_for_has_no_peak_and_a_bug_is_no_lack
 @pytest.mark.parametrize("attack", ("pgd", "kl_pgd"))
 def test_an_attack_in_parts_is_that_of_the_batch_with_each_kernel_made_once(
         name, attack, monkeypatch):
-    c = SimpleNamespace(shape=(1, 512, 512), patch_size=8, d_model=32, device="cpu", batch_size=7)
+    c = SimpleNamespace(shape=(1, 512, 512), patch_size=8, d_model=32, device="cpu", batch_size=7,
+                        micro_batch=None)
     assert [train.part_size(SimpleNamespace(**vars(c) | v)) for v in (     # 2^18 = 64 * 64 * 32 * 2
         {}, {"d_model": 1000}, {"device": "cuda:0"})] == [2, 1, 7]
     model, (x, y), made, seen = tiny(name), images(), [], []
@@ -2364,15 +2366,17 @@ def test_an_attack_in_parts_is_that_of_the_batch_with_each_kernel_made_once(
     monkeypatch.setattr(script, "once", lambda m, key, make: once(
         m, key, lambda: made.append((m, key)) or make()))
     monkeypatch.setattr(train, "part_size", lambda c, *width: 2)
-    x_adv, whole = [], getattr(script, attack)
-    y = model(x).log_softmax(1).detach() if attack == "kl_pgd" else y
+    x_adv, forwards = [], 3
+    whole = script.pgd
+    if attack == "kl_pgd":                                              # and once for log p(x)
+        whole, forwards = (lambda model, x, y, *args: script.kl_pgd(model, x, *args)), 4
     for attack in (train.in_parts(c, whole), whole):
         made.clear(), seen.clear()
         torch.manual_seed(0)
         x_adv.append(attack(model, x, y, EPS, ALPHA, 3))
         if not x_adv[1:]:
             assert len(made) == len(set(made)) and set(seen) <= {1, 2}
-            assert sum(seen) == 3 * len(x)
+            assert sum(seen) == forwards * len(x)
     close(*x_adv)
     assert (x_adv[0] - x).abs().amax((1, 2, 3)).min() > 0
 
@@ -2430,6 +2434,19 @@ def test_mamba_trains_on_what_a_cache_holds_and_others_on_the_batch(monkeypatch)
         model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
         train.loss_backward(c, "standard", model, x, y, EPS, ALPHA)
         assert seen == sizes
+
+
+@pytest.mark.parametrize("method", ("pgd", "trades"))
+def test_no_pass_takes_more_than_a_micro_batch_also_where_attacks_take_the_batch(
+    method, monkeypatch
+):
+    c, (x, y), model, seen = bench_settings("s4"), images(), tiny("s4"), []
+    monkeypatch.setattr(train, "part_size", lambda c, *width: c.batch_size)         # a GPU
+    model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    for c.micro_batch, largest in ((2, 2), (None, 5)):
+        seen.clear()
+        train.loss_backward(c, method, model, x, y, EPS, ALPHA)
+        assert max(seen) == largest
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -45,7 +45,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from ads import ACTIVATIONS, CONTROLS, error_parts
-from s4_adv import (ascend, drawn_digits, fgsm, frozen, kl_divergence, kl_pgd, param_groups, pgd)
+from s4_adv import ascend, drawn_digits, fgsm, frozen, kl_pgd, param_groups, pgd, trades_at
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
@@ -232,10 +232,10 @@ def part_size(c, width=None):
 
 
 def in_parts(c, attack):
-    """attack, pgd or the like, taking part_size(c) images at a time under one `frozen`: each kernel
-    is computed once for all."""
+    """attack, pgd or the like, taking part_size(c) images at a time, --micro-batch at most, under
+    one `frozen`: each kernel is computed once for all."""
     def attack_parts(model, x, y, *args):
-        n = part_size(c)
+        n = min(part_size(c), c.micro_batch or math.inf)
         with frozen(model):
             return torch.cat([attack(model, *part, *args) for part in zip(x.split(n), y.split(n))])
     return attack_parts
@@ -243,22 +243,14 @@ def in_parts(c, attack):
 
 def attacked(c, method, model, x, y, eps, alpha):
     """What a method trains at: x, pgd's result for it, or that of TRADES; in parts."""
-    if method == "pgd":
-        return in_parts(c, pgd)(model, x, y, eps, alpha, c.steps)
-    if method == "trades":
-        with frozen(model):
-            with torch.no_grad():
-                log_p = torch.cat([model(v).log_softmax(1) for v in x.split(part_size(c))])
-            return in_parts(c, kl_pgd)(model, x, log_p, eps, alpha, c.steps)
-    return x
+    attack = {"pgd": pgd, "trades": lambda model, x, y, *args: kl_pgd(model, x, *args)}.get(method)
+    return in_parts(c, attack)(model, x, y, eps, alpha, c.steps) if attack else x
 
 
 def loss_of(c, method, model, x, x_adv, y):
     """The loss of standard training, PGD-AT (Madry et al. 2018) or TRADES (Zhang et al. 2019)."""
-    if method == "trades":                                              # pgd_at_loss, trades_loss
-        logits = model(x)
-        robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
-        return F.cross_entropy(logits, y) + c.beta * robust
+    if method == "trades":
+        return trades_at(model, x, x_adv, y, c.beta)
     return F.cross_entropy(model(x_adv), y)
 
 
