@@ -31,6 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # Triton's kernels run in numpy, then
+
 import ads
 import attention_adv
 import mamba_adv
@@ -155,6 +159,7 @@ def test_a_file_has_its_licence_lines_of_100_columns_and_few_imports(file):
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     own = ["ads"] if file.endswith("_adv.py") else [name[:-3] for name in FILES]
     extra = ["pytest"] if file == "test_all.py" else []
+    extra += ["triton"] if file == "mamba_adv.py" else []                # where there is one
     extra += ["matplotlib", "s5", "mambapy"] if file == "train.py" else []   # where there is one
     allowed = {*own, *extra, "torch", "torchvision", "numpy", *sys.stdlib_module_names}
     assert {module.split(".")[0] for module in names} <= allowed
@@ -338,6 +343,22 @@ def test_the_scan_passes_gradcheck_and_a_second_gradient_is_right_or_refused(mon
             close(fast, slow)
     except RuntimeError:
         assert len(seconds) == 1                                        # the loop always works
+
+
+@pytest.mark.skipif(not mamba_adv.triton, reason="needs triton, which PyTorch's GPU builds bring")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 5, 3), (1, 40, 70, 4), (2, 9, 3, 16)])
+@pytest.mark.parametrize("T, block", [(4, 2), (16, 64)])
+def test_triton_s_scan_is_the_loop_in_value_and_gradient(shape, T, block, monkeypatch):
+    monkeypatch.setattr(mamba_adv.TritonScan, "T", T)
+    monkeypatch.setattr(mamba_adv.TritonScan, "BLOCK", block if shape[2] < 70 else 64)
+    inputs = [v.to("cuda" if GPU else "cpu") for v in scan_inputs(*shape)]
+    inputs[3] = inputs[3][:, :1].expand_as(inputs[3])                   # not contiguous
+    for wanted in (range(6), [0]):                                      # [0] alone: an attack
+        some = [v for i, v in enumerate(inputs) if v.requires_grad_(i in wanted).requires_grad]
+        fast, slow = (f(*inputs) for f in (mamba_adv.TritonScan.apply,
+                                           mamba_adv.selective_scan_loop))
+        close(fast, slow)
+        same_gradients(fast, slow, some)
 
 
 def test_with_constant_dt_B_and_C_the_scan_is_a_linear_time_invariant_system():
@@ -610,7 +631,7 @@ def test_every_tensor_is_made_on_the_device_of_the_images(name):
     close(result, expected, 1e-12)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_a_gpu_returns_the_numbers_of_the_cpu(name):
     model, (x, y), results = tiny(name, ads="tanh"), images(), []
     for device in ("cpu", "cuda"):
@@ -2260,7 +2281,7 @@ def test_bench_times_every_work_in_every_form_at_every_length_into_a_table_and_a
         close(float(r["us_per_token"]) * 16 * int(r["L"]), 1e6 * float(r["seconds"]), 1e-6)
         assert r["form"] != "fast" or float(r["times_fast"]) == 1
     text = capsys.readouterr().out
-    assert text.count("evaluation       plain   did not fit into memory") == 2
+    assert text.count("evaluation       plain      did not fit into memory") == 2
     assert text.count("\n") == 4 + len(expected) and "micro-batch by itself" in text
 
 
@@ -2281,11 +2302,33 @@ def test_bench_measures_each_form_with_what_it_says(monkeypatch):
         train.sample(c, "work", form)
     assert seen[::2] == seen[1::2] == [
         ("fast", "fp32", "relu", 1), ("bf16", "bf16", "relu", 1), ("no-ads", "fp32", None, 1),
-        ("plain", "fp32", "relu", 2), ("peer", "fp32", "relu", 2)]
+        ("no-triton", "fp32", "relu", 1), ("plain", "fp32", "relu", 2), ("peer", "fp32", "relu", 2)]
     assert (c.precision, c.ads) == ("fp32", "relu")
 
 
-@pytest.mark.parametrize("words", ["no-ads", "fast,peer", "slow", "bf16 --precision fp64"])
+def test_without_triton_mamba_s_scan_is_made_of_pytorch_s_operations():
+    before = mamba_adv.triton
+    with train.FORMS["no-triton"][0]():
+        assert mamba_adv.triton is None
+    assert mamba_adv.triton is before
+
+
+def test_traffic_and_products_of_a_job_are_counted():
+    x, y = torch.zeros(8, 4), torch.zeros(4, 2)                         # 128 and 32 bytes
+
+    def job():
+        z = (x.T.contiguous().T + 1).view(8, 4)                         # 4 * 128; views: nothing
+        torch.empty(1000)                                               # written by no one
+        (x.expand(3, 8, 4) * 2.0)                                       # 128 + 3 * 128
+        z @ y                                                           # 128 + 32 + 64
+        z.relu_()                                                       # 2 * 128
+    tera_bytes, tera_flops = train.rates(job, 2.0)
+    close(tera_bytes * 2e12, 4 * 128.0 + 4 * 128 + 224 + 256)
+    close(tera_flops * 2e12, 2 * 8 * 4 * 2.0)
+
+
+@pytest.mark.parametrize("words", ["no-ads", "no-triton", "fast,peer", "slow",
+                                   "bf16 --precision fp64"])
 def test_a_form_that_bench_does_not_have_is_refused_before_anything_is_written(
     words, tmp_path, capsys
 ):

@@ -40,6 +40,9 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention_adv
 import mamba_adv
@@ -1566,9 +1569,18 @@ def plainly():
         yield
 
 
+@contextmanager
+def without_triton():
+    """Within it Mamba's scan is made of PyTorch's own operations on a GPU, too."""
+    from unittest.mock import patch
+    with patch.object(mamba_adv, "triton", None):
+        yield
+
+
 # The forms of a work that --bench compares: the context of each, and what it changes in c.
 FORMS = {"fast": (nullcontext, {}), "bf16": (nullcontext, {"precision": "bf16"}),
-         "no-ads": (nullcontext, {"ads": None}), "plain": (plainly, {}), "peer": (plainly, {})}
+         "no-ads": (nullcontext, {"ads": None}), "no-triton": (without_triton, {}),
+         "plain": (plainly, {}), "peer": (plainly, {})}
 PEERS = {"s5": "s5-pytorch", "mamba": "mambapy"}                         # on PyPI, without AdS
 
 
@@ -1685,10 +1697,46 @@ def growth(job, device):
         return math.nan
 
 
-def sample(c, name, form):
-    """A job, run once for the growth of memory, once more for the rest: timed(...), growth(...).
+class Traffic(TorchDispatchMode):
+    """Within it .bytes counts what PyTorch's operators read and write, views apart."""
+    bytes = 0
 
-    In a new process: a peak never falls, and keep_memory is ours, plain and peer run without.
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        read, written = ([t for t in tree_flatten(v)[0] if isinstance(t, torch.Tensor)]
+                         for v in ((args, kwargs), out))
+        places = {t.untyped_storage().data_ptr() for t in read}
+        view = any(t.untyped_storage().data_ptr() in places for t in written)
+        if (operator._schema.is_mutable or not view) and "empty" not in str(operator):
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in read + written)
+        return out
+
+
+def rates(job, seconds):
+    """TB/s and TFLOP/s of a job that takes so many seconds: all that PyTorch's operators read and
+    write, and their products (FlopCounterMode). A kernel of Triton's is not seen."""
+    with Traffic() as traffic, FlopCounterMode(display=False) as flops:
+        job()
+    return traffic.bytes / seconds / 1e12, flops.get_total_flops() / seconds / 1e12
+
+
+def limits(device):
+    """A sentence on what a GPU reaches: a copy of 2 GiB, and products of 8192 x 8192 numbers."""
+    def best(job):
+        return min(stopwatch(job, device)[0] for _ in range(6))
+    n, a = 8192, torch.randn(2 ** 29, device=device)
+    copy, b = torch.empty_like(a), a[:n * n].view(n, n)
+    found = [8 * len(a) / best(lambda: copy.copy_(a)) / 1e12]
+    found += [2 * n ** 3 / best(lambda: v @ v) / 1e12 for v in (b, b.bfloat16())]
+    return "This GPU: copy {:.2f} TB/s, products {:.1f} TFLOP/s, in bf16 {:.0f}.".format(*found)
+
+
+def sample(c, name, form):
+    """A job, run once for the growth of memory, once more for the rest: timed(...), growth(...),
+    and on a GPU once more for its rates.
+
+    On a CPU in a new process: a peak never falls, and keep_memory is ours, plain and peer run
+    without.
     """
     all_bits()
     context, changes = FORMS[form]
@@ -1698,18 +1746,21 @@ def sample(c, name, form):
     job = bench_jobs(c, form)[name]
     with context():
         peak = growth(job, c.device)
-        return *timed(c, job), peak
+        costs = timed(c, job)
+        return *costs, peak, *(rates(job, costs[0]) if c.device.startswith("cuda") else ())
 
 
-def sample_apart(*args):
-    """sample(...) in a new process; None if memory did not suffice."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(sample, *args).result()
-        except RuntimeError as e:                                           # or it was killed
-            if not isinstance(e, BrokenExecutor) and "memory" not in str(e):
-                raise
-            return None
+def sample_apart(c, *args):
+    """sample(...), on a CPU in a new process; None if memory did not suffice."""
+    try:
+        if c.device.startswith("cuda"):
+            return sample(c, *args)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(sample, c, *args).result()
+    except RuntimeError as e:                                               # or it was killed
+        if not isinstance(e, BrokenExecutor) and "memory" not in str(e):
+            raise
+        return None
 
 
 def timings(c, L):
@@ -1724,9 +1775,9 @@ def timings(c, L):
                 seen.append(sample_apart(c, *key))
     for (name, form), seen in samples.items():
         if None in seen:
-            say(f"{L:5d}  {name:16} {form:6}  did not fit into memory")
+            say(f"{L:5d}  {name:16} {form:9}  did not fit into memory")
             continue
-        seconds, cpu, share, peak = (statistics.median(v) for v in zip(*seen))
+        seconds, cpu, share, peak, *rate = (statistics.median(v) for v in zip(*seen))
         cost = [s[which] for s in seen]
         costs[name, form] = statistics.median(cost)
         yield dict(L=L, work=name, form=form, seconds=seconds, cpu_seconds=cpu,
@@ -1734,33 +1785,41 @@ def timings(c, L):
                    images_per_second=c.batch_size / seconds,
                    us_per_token=1e6 * seconds / c.batch_size / L,
                    peak_mb=peak / 2 ** 20, kernel_share=share,
-                   times_fast=costs[name, form] / costs.get((name, "fast"), math.nan))
+                   times_fast=costs[name, form] / costs.get((name, "fast"), math.nan),
+                   **dict(zip(("tb_per_second", "tflop_per_second"), rate)))
 
 
 def bench(c):
     """--bench: what each kind of work costs in each of FORMS; table and bench.csv."""
-    asked = c.forms or FORMS
+    asked, cuda = c.forms or FORMS, c.device.startswith("cuda")
     here = {"fast": True, "bf16": c.precision == "fp32" and has(c, "bf16"), "no-ads": c.ads,
-            "plain": True, "peer": "peer" in asked and peer(c)}
+            "no-triton": cuda and c.model == "mamba" and mamba_adv.triton, "plain": True,
+            "peer": "peer" in asked and peer(c)}
     if c.forms and (missing := [form for form in c.forms if not here.get(form)]):
         raise UserError(f"--forms {missing[0]}: choose from fast, plain; bf16 (--precision fp32, "
-                        "where the device has it); no-ads (with --ads); peer (s5: s5-pytorch, "
-                        "mamba: mambapy, installed, without --ads and --control)")
+                        "where the device has it); no-ads (with --ads); no-triton (mamba on a "
+                        "GPU); peer (s5: s5-pytorch, mamba: mambapy, installed, without --ads and "
+                        "--control)")
     c.forms = [form for form in FORMS if form in asked and here[form]]
     held, rows = lock(Path(c.out)), []
+    own, which, rate = (("", "seconds", "    TB/s  TFLOP/s") if cuda else
+                        (" of a new process", "CPU seconds", ""))
     say(f"{c.model}{f' + AdS {c.ads}' if c.ads else ''}, d_model {c.d_model}, {c.n_layers} layers, "
         f"batch {c.batch_size}, micro-batch {c.micro_batch or 'by itself'}, {c.precision}, "
         f"{machine(c)['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"Medians of {c.bench} interleaved runs, each the second one of a new process. Spread "
-        "(max - min) and times fast: of CPU seconds (GPU: of seconds).\nPeak MB: growth of memory. "
-        "Kernel: its share of the time, without its gradient.\n"
-        "    L  work             form    seconds    CPU s  spread  images/s  us/token   peak MB  "
-        "kernel  times fast")
+        f"Medians of {c.bench} interleaved runs, each the second one{own}. Spread (max - min) and "
+        f"times fast: of {which}.\nPeak MB: growth of memory. "
+        "Kernel: its share of the time, without its gradient.")
+    if cuda:
+        say(limits(c.device) + " TB/s and TFLOP/s of a work: of PyTorch's operators.")
+    say("    L  work             form      seconds    CPU s  spread  images/s  us/token   peak MB  "
+        "kernel  times fast" + rate)
+    line = ("{L:5d}  {work:16} {form:9} {seconds:8.3f} {cpu_seconds:8.3f} {spread:7.0%} "
+            "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
+            "{times_fast:11.2f}" + ("{tb_per_second:8.2f} {tflop_per_second:8.1f}" if cuda else ""))
     for L in c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]:
         for row in timings(c, L):
-            say("{L:5d}  {work:16} {form:6} {seconds:9.3f} {cpu_seconds:8.3f} {spread:7.0%} "
-                "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
-                "{times_fast:11.2f}".format(**row))
+            say(line.format(**row))
             rows.append(dict(model=c.model, ads=c.ads, batch=c.batch_size, **row))
     if not rows:
         raise UserError(f"--batch-size {c.batch_size}: nothing fits into memory; give fewer")
