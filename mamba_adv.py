@@ -40,6 +40,8 @@ from ads import middle
 try:
     import triton                       # comes with PyTorch's builds for GPUs, and is used there
     from triton import language as tl
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        raise ImportError("older than what was tested")
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -83,7 +85,8 @@ class SelectiveScan(torch.autograd.Function):
     def chunks(A, *inputs):
         """Inputs (b, L, .) time first and cut in T steps; buffers (T, b, N, d) for all chunks."""
         (N, d), (b, L, _) = A.shape, inputs[0].shape
-        T = max(1, min(L, SelectiveScan.SIZE // (b * N * d)))
+        size = SelectiveScan.SIZE * (64 if A.is_cuda else 1)                # there: fewer launches
+        T = max(1, min(L, size // (b * N * d)))
         inputs = [v.transpose(0, 1).contiguous().split(T) for v in inputs]
         return list(zip(*inputs)), [A.new_empty(T + 1, b, N, d) for _ in range(3)]
 
@@ -163,7 +166,7 @@ def share(d, N, BLOCK: tl.constexpr, STATES: tl.constexpr):
 
 @compiled
 def scan_forward(u, dt, A, B, C, D, y, borders, L, d, N,
-                 T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr):
+                 chunks: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr):
     """One image, BLOCK channels: the loop, its state in registers; keeps every T-th state.
 
     Past the end all inputs are read as 0, so dt = 0 leaves the state as it is.
@@ -171,8 +174,8 @@ def scan_forward(u, dt, A, B, C, D, y, borders, L, d, N,
     i, k, real_k, n, real_n, nk, real = share(d, N, BLOCK, STATES)
     A, D = tl.load(A + nk, real, 0.0), tl.load(D + k, real_k, 0.0)
     h = tl.zeros_like(A)                                                    # (N, BLOCK)
-    for chunk in range(tl.cdiv(L, T)):
-        tl.store(borders + (i * tl.cdiv(L, T) + chunk) * N * d + nk, h, real)
+    for chunk in range(chunks):
+        tl.store(borders + (i * chunks + chunk) * N * d + nk, h, real)
         for s in range(T):
             t = chunk * T + s
             at_k, here_k = (i * L + t) * d + k, real_k & (t < L)
@@ -185,7 +188,7 @@ def scan_forward(u, dt, A, B, C, D, y, borders, L, d, N,
 
 @compiled
 def scan_backward(u, dt, A, B, C, D, g, borders, before, du, ddt, dA, dB, dC, L, d, N,
-                  T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr):
+                  chunks: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr):
     """SelectiveScan's formulas, chunk by chunk from the last: its states once more into `before`
     (b, T, N, d), then e_t backwards. Parts of sums: dA (b, N, d), dB and dC (d / BLOCK, b, L, N).
     """
@@ -193,9 +196,9 @@ def scan_backward(u, dt, A, B, C, D, g, borders, before, du, ddt, dA, dB, dC, L,
     A, D = tl.load(A + nk, real, 0.0), tl.load(D + k, real_k, 0.0)
     part = (tl.program_id(1) * tl.num_programs(0) + i) * L                  # of dB and dC
     carry, sum_A = tl.zeros_like(A), tl.zeros_like(A)                       # a_{t+1} e_{t+1}
-    for later in range(tl.cdiv(L, T)):
-        chunk = tl.cdiv(L, T) - 1 - later
-        h = tl.load(borders + (i * tl.cdiv(L, T) + chunk) * N * d + nk, real, 0.0)
+    for later in range(chunks):
+        chunk = chunks - 1 - later
+        h = tl.load(borders + (i * chunks + chunk) * N * d + nk, real, 0.0)
         for s in range(T):
             t = chunk * T + s
             at_k, here_k = (i * L + t) * d + k, real_k & (t < L)
@@ -229,21 +232,21 @@ def scan_backward(u, dt, A, B, C, D, g, borders, before, du, ddt, dA, dB, dC, L,
 class TritonScan(torch.autograd.Function):
     """SelectiveScan on a GPU, one launch each way instead of some for each step: the same formulas,
     each program with the states of BLOCK channels of one image in registers (Mamba, Sec. 3.3.2)."""
-    T, BLOCK, WARPS = 32, 64, 4
+    T, BLOCK, WARPS = 32, 32, 2                                             # fastest on an H200
 
     @staticmethod
     def launch(kernel, tensors, u, N):
         """kernel over images and blocks of channels, on the device of u (b, L, d)."""
         (b, L, d), T = u.shape, TritonScan
         with torch.cuda.device_of(u):
-            kernel[b, triton.cdiv(d, T.BLOCK)](*tensors, L, d, N, T.T, T.BLOCK,
-                                               triton.next_power_of_2(N), num_warps=T.WARPS)
+            kernel[b, -(-d // T.BLOCK)](*tensors, L, d, N, -(-L // T.T), T.T, T.BLOCK,
+                                        triton.next_power_of_2(N), num_warps=T.WARPS)
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D):
         (b, L, d), N = u.shape, A.shape[1]
         inputs = [v.contiguous() for v in (u, dt, A.T, B, C, D)]
-        y, borders = torch.empty_like(inputs[0]), u.new_empty(b, triton.cdiv(L, TritonScan.T), N, d)
+        y, borders = torch.empty_like(inputs[0]), u.new_empty(b, -(-L // TritonScan.T), N, d)
         TritonScan.launch(scan_forward, (*inputs, y, borders), u, N)
         ctx.save_for_backward(*inputs, borders)
         return y
@@ -255,7 +258,7 @@ class TritonScan(torch.autograd.Function):
         (b, L, d), N, g = u.shape, len(A), g.contiguous()
         before, dA = u.new_empty(b, TritonScan.T, N, d), u.new_empty(b, N, d)
         du, ddt = torch.empty_like(u), torch.empty_like(u)
-        dB, dC = u.new_empty(2, triton.cdiv(d, TritonScan.BLOCK), b, L, N)
+        dB, dC = u.new_empty(2, -(-d // TritonScan.BLOCK), b, L, N)
         TritonScan.launch(scan_backward, (u, dt, A, B, C, D, g, borders, before,
                                           du, ddt, dA, dB, dC), u, N)
         return du, ddt, dA.sum(0).T, dB.sum(0), dC.sum(0), (g * u).sum((0, 1))

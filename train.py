@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 import attention_adv
 import mamba_adv
@@ -1698,8 +1698,9 @@ def growth(job, device):
 
 
 class Traffic(TorchDispatchMode):
-    """Within it .bytes counts what PyTorch's operators read and write, views apart."""
-    bytes = 0
+    """Within it .bytes counts what PyTorch's operators read and write, views apart, and .flop the
+    operations of their products (PyTorch's own formulas; FlopCounterMode refuses autograd.grad)."""
+    bytes = flop = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
@@ -1709,15 +1710,16 @@ class Traffic(TorchDispatchMode):
         view = any(t.untyped_storage().data_ptr() in places for t in written)
         if (operator._schema.is_mutable or not view) and "empty" not in str(operator):
             self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in read + written)
+        if (count := flop_registry.get(operator.overloadpacket)) is not None:
+            self.flop += count(*args, **(kwargs or {}), out_val=out)
         return out
 
 
 def rates(job, seconds):
-    """TB/s and TFLOP/s of a job that takes so many seconds: all that PyTorch's operators read and
-    write, and their products (FlopCounterMode). A kernel of Triton's is not seen."""
-    with Traffic() as traffic, FlopCounterMode(display=False) as flops:
+    """TB/s and TFLOP/s of a job that takes so many seconds; a kernel of Triton's is not seen."""
+    with Traffic() as traffic:
         job()
-    return traffic.bytes / seconds / 1e12, flops.get_total_flops() / seconds / 1e12
+    return traffic.bytes / seconds / 1e12, traffic.flop / seconds / 1e12
 
 
 def limits(device):
