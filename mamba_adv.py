@@ -27,6 +27,8 @@ The whole program is this file and ads.py: copy the two.
 """
 import argparse
 import math
+import os
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -40,8 +42,9 @@ from ads import middle
 try:
     import triton                       # comes with PyTorch's builds for GPUs, and is used there
     from triton import language as tl
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        raise ImportError("older than what was tested")
+    if (tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+            or not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))):
+        raise ImportError("older than what was tested, or without the C compiler that it calls")
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 

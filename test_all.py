@@ -361,6 +361,14 @@ def test_triton_s_scan_is_the_loop_in_value_and_gradient(shape, T, block, monkey
         same_gradients(fast, slow, some)
 
 
+def test_without_a_c_compiler_or_triton_the_scan_does_without(tmp_path):
+    code = "import mamba_adv; assert not mamba_adv.triton; print(mamba_adv.compiled(3))"
+    empty = {k: v for k, v in os.environ.items() if k != "CC"} | {"PATH": str(tmp_path)}
+    for env, first in ((empty, ""), (os.environ, "import sys; sys.modules['triton'] = None; ")):
+        assert subprocess.run([sys.executable, "-c", first + code], cwd=HERE, env=env, check=True,
+                              capture_output=True, text=True).stdout == "3\n"
+
+
 def test_with_constant_dt_B_and_C_the_scan_is_a_linear_time_invariant_system():
     u, dt, A, B, C, D = scan_inputs(2, 12, 3, 4)
     dt, B, C = (v[:1, :1].expand_as(v) for v in (dt, B, C))

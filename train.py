@@ -2170,7 +2170,7 @@ def parser():
     flag("--n-layers", type=int, metavar="N", help="blocks", shown=by)
     flag("--patch-size", type=int, metavar="P", help="a token is a patch of P x P pixels",
          shown="1; tiny-imagenet, synthetic 4")
-    flag("--batch-size", type=int, metavar="B", shown="by data set; --bench 16",
+    flag("--batch-size", type=int, metavar="B", shown="by data set; --bench on a CPU 16",
          help="images of a step, over all processes")
     flag("--micro-batch", type=int, metavar="M",
          shown="all; mamba on a CPU: what its cache holds",
@@ -2212,7 +2212,8 @@ def parser():
     flag("--lengths", type=counts, metavar="L,L", shown="that of the data set",
          help="--bench: tokens of an image")
     flag("--forms", type=comma_list, metavar="F,F", shown="all that there are",
-         help="--bench: fast, bf16, no-ads (the same without --ads), plain, peer")
+         help="--bench: fast, bf16, no-ads (the same without --ads), no-triton (mamba on a GPU), "
+              "plain, peer")
     flag("--checks", action="store_true", shown="none",
          help="with --evaluate: look for masked gradients, on 200 images; exit code 1 if found")
     flag("--eps-sweep", type=lambda text: [fraction(v) for v in text.split(",")], metavar="E,E",
@@ -2242,7 +2243,7 @@ def settings(argv):
     states = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
     c.d_state = given.get("d_state", states)
     c.eps_warmup = c.eps_warmup or 0.0
-    if c.bench is not None:
+    if c.bench is not None and c.device.startswith("cpu"):
         c.batch_size = given.get("batch_size", 16)
     if c.plot:
         c.out = c.out or ("analyses.png" if c.plot[0].endswith(".json") else
