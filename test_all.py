@@ -1995,7 +1995,7 @@ def test_two_processes_give_the_run_of_one_also_if_one_of_them_is_late(method, t
         "    time.sleep(3 * int(os.environ['RANK']))\n"
         "    return settings(argv)\n"
         "train.settings = late\n"
-        "sys.exit(train.main())\n"))
+        "train.leave(train.main())\n"))
     nearly_the_same_run(one, two)
 
 
@@ -2007,7 +2007,7 @@ def test_a_signal_to_one_of_two_processes_saves_and_stops_both_and_one_alone_goe
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return train_batch(run, *rest)\n"
         "train.train_batch = batch\n"
-        "sys.exit(train.main() != 130)\n"))
+        "train.leave(train.main() != 130)\n"))
     state = torch.load(two / "last.pt", weights_only=True)
     assert (state["epoch"], state["batch"], state["seen"]) == (1, 2, 32)
     assert train.main(["--resume", str(two)]) == 0
@@ -2019,7 +2019,8 @@ def torchrun(n, *words):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", str(n), *map(str, words)], capture_output=True,
                           text=True, timeout=300, env=os.environ | {
-                              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+                              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
+                              "PYTHONFAULTHANDLER": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -2391,10 +2392,13 @@ def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
     assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
 
 
-def test_a_job_that_memory_does_not_suffice_for_has_no_peak_and_a_bug_is_no_lack_of_it(monkeypatch):
+@pytest.mark.parametrize("device", ("cpu", "cuda:0"))
+def test_a_job_that_memory_does_not_suffice_for_has_no_peak_and_a_bug_is_no_lack_of_it(
+    device, monkeypatch
+):
     def raises(error):
         monkeypatch.setattr(train, "sample", lambda c, name, form: (_ for _ in ()).throw(error))
-        return train.sample_apart(None, "forward", "fast")
+        return train.sample_apart(SimpleNamespace(device=device), "forward", "fast")
     monkeypatch.setattr(train, "ProcessPoolExecutor", ThreadPoolExecutor)
     for error in (BrokenExecutor("terminated"), torch.cuda.OutOfMemoryError("CUDA out of memory"),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory")):

@@ -2455,5 +2455,15 @@ def main(argv=None):
     return 0
 
 
+def leave(code):
+    """Ends the program; a process of torchrun's at once: if a thread of gloo's frees a tensor while
+    Python shuts down, it aborts what was complete (pytorch/pytorch, 179291)."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
