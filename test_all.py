@@ -2176,10 +2176,10 @@ def test_the_tables_of_results_in_the_readme_are_what_their_commands_print(monke
         assert train.main(["--table", *runs]) == 0
         assert capsys.readouterr().out.strip() in text
     monkeypatch.chdir(HERE / "results")
-    for folder, file in re.findall(
-            r"`cd results && python \.\./train\.py --table (\S+)/\* > (\S+)`", text):
-        assert train.main(["--table", *sorted(str(run) for run in Path(folder).iterdir())]) == 0
-        assert capsys.readouterr().out == Path(file).read_text()
+    assert "`cd results && python ../train.py --table NAME/* > NAME.md`" in text
+    for name in re.findall(r"\(results/(\S+)\.md\)", text):
+        assert train.main(["--table", *sorted(str(run) for run in Path(name).iterdir())]) == 0
+        assert capsys.readouterr().out == Path(f"{name}.md").read_text()
 
 
 def test_the_accuracies_under_attack_in_the_readme_are_those_of_the_logs():
