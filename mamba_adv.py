@@ -29,6 +29,7 @@ import argparse
 import math
 import os
 import shutil
+import sysconfig
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -42,9 +43,11 @@ from ads import middle
 try:
     import triton                       # comes with PyTorch's builds for GPUs, and is used there
     from triton import language as tl
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if (tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
-            or not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))):
-        raise ImportError("older than what was tested, or without the C compiler that it calls")
+            or not any(map(shutil.which, compilers))
+            or not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))):
+        raise ImportError("older than what was tested, or without what it compiles its calls with")
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 

@@ -364,7 +364,9 @@ def test_triton_s_scan_is_the_loop_in_value_and_gradient(shape, T, block, monkey
 def test_without_a_c_compiler_or_triton_the_scan_does_without(tmp_path):
     code = "import mamba_adv; assert not mamba_adv.triton; print(mamba_adv.compiled(3))"
     empty = {k: v for k, v in os.environ.items() if k != "CC"} | {"PATH": str(tmp_path)}
-    for env, first in ((empty, ""), (os.environ, "import sys; sys.modules['triton'] = None; ")):
+    for env, first in ((empty, ""), (os.environ | {"CC": "there is none"}, ""),
+                       (os.environ, "import sys; sys.modules['triton'] = None; "),
+                       (os.environ, "import torch, sysconfig; sysconfig.get_path = str.upper; ")):
         assert subprocess.run([sys.executable, "-c", first + code], cwd=HERE, env=env, check=True,
                               capture_output=True, text=True).stdout == "3\n"
 
@@ -2334,8 +2336,12 @@ def test_traffic_and_products_of_a_job_are_counted():
         (x.expand(3, 8, 4) * 2.0)                                       # 128 + 3 * 128
         z @ y                                                           # 128 + 32 + 64
         z.relu_()                                                       # 2 * 128
+        z.copy_(x)                                                      # 2 * 128
+        z.zero_()                                                       # 128
+        torch.mul(x, x, out=z)                                          # 3 * 128
+        torch._foreach_add_([z, y], 1.0)                                # 2 * (128 + 32)
     tera_bytes, tera_flops = train.rates(job, 2.0)
-    close(tera_bytes * 2e12, 4 * 128.0 + 4 * 128 + 224 + 256)
+    close(tera_bytes * 2e12, 4 * 128.0 + 4 * 128 + 224 + 256 + 256 + 128 + 384 + 320)
     close(tera_flops * 2e12, 2 * 8 * 4 * 2.0)
 
 

@@ -1658,9 +1658,11 @@ def stopwatch(job, device):
 
 def timed(c, job):
     """job(): seconds, CPU seconds of all threads, and the share of that in what `once` makes:
-    kernels and their FFTs, without their gradient (GPU: share of seconds)."""
+    kernels and their FFTs, without their gradient. On a GPU a share of the seconds of one more
+    run, since the clock has to wait for the GPU at each of them."""
     from unittest.mock import patch
-    spent, once = [], SCRIPTS[c.model].once
+    spent, once, gpu = [], SCRIPTS[c.model].once, c.device.startswith("cuda")
+    undisturbed = stopwatch(job, c.device) if gpu else None
 
     def watched(module, key, make):
         def measured():
@@ -1669,8 +1671,9 @@ def timed(c, job):
             return made
         return once(module, key, measured)
     with patch.object(SCRIPTS[c.model], "once", watched):
-        whole, which = stopwatch(job, c.device), 0 if c.device.startswith("cuda") else 1
-    return *whole[:2], sum(seconds[which] for seconds in spent) / whole[which]
+        whole, which = stopwatch(job, c.device), 0 if gpu else 1
+    share = sum(seconds[which] for seconds in spent) / whole[which]
+    return *(undisturbed or whole)[:2], share
 
 
 def growth(job, device):
@@ -1703,15 +1706,21 @@ class Traffic(TorchDispatchMode):
     bytes = flop = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        read, written = ([t for t in tree_flatten(v)[0] if isinstance(t, torch.Tensor)]
-                         for v in ((args, kwargs), out))
+        out, schema, kwargs = operator(*args, **(kwargs or {})), operator._schema, kwargs or {}
+        given = kwargs | {a.name: v for a, v in zip(schema.arguments, args)}
+        changed = {a.name: a.kwarg_only for a in schema.arguments           # out=... or not
+                   if a.alias_info and a.alias_info.is_write}
+        fills = operator.overloadpacket.__name__ in ("copy_", "fill_", "zero_")
+        unread = {name for name, is_out in changed.items() if is_out or fills}
+        read, written = ([t for t in tree_flatten(v)[0] if isinstance(t, torch.Tensor)] for v in (
+            [v for name, v in given.items() if name not in unread],
+            [given[name] for name in changed] if changed else out))
         places = {t.untyped_storage().data_ptr() for t in read}
         view = any(t.untyped_storage().data_ptr() in places for t in written)
-        if (operator._schema.is_mutable or not view) and "empty" not in str(operator):
+        if (changed or not view) and "empty" not in str(operator):
             self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in read + written)
         if (count := flop_registry.get(operator.overloadpacket)) is not None:
-            self.flop += count(*args, **(kwargs or {}), out_val=out)
+            self.flop += count(*args, **kwargs, out_val=out)
         return out
 
 
@@ -1723,10 +1732,10 @@ def rates(job, seconds):
 
 
 def limits(device):
-    """A sentence on what a GPU reaches: a copy of 2 GiB, and products of 8192 x 8192 numbers."""
+    """A sentence on what a GPU reaches: a copy of 1 GiB, and products of 8192 x 8192 numbers."""
     def best(job):
         return min(stopwatch(job, device)[0] for _ in range(6))
-    n, a = 8192, torch.randn(2 ** 29, device=device)
+    n, a = 8192, torch.randn(2 ** 28, device=device)
     copy, b = torch.empty_like(a), a[:n * n].view(n, n)
     found = [8 * len(a) / best(lambda: copy.copy_(a)) / 1e12]
     found += [2 * n ** 3 / best(lambda: v @ v) / 1e12 for v in (b, b.bfloat16())]
