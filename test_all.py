@@ -2320,6 +2320,23 @@ def test_bench_measures_each_form_with_what_it_says(monkeypatch):
     assert (c.precision, c.ads) == ("fp32", "relu")
 
 
+def test_bench_on_a_gpu_stays_in_one_process_and_adds_its_rates(tmp_path, monkeypatch, capsys):
+    for name, fake in {"bench_jobs": lambda c: ["forward"], "has": lambda c, precision: True,
+                       "limits": lambda device: f"{device} copies.", "machine": lambda c: vars(c),
+                       "sample": lambda c, name, form: (0.5, 0.25, 0.1, 2 ** 20, 3.0, 7.0),
+                       "peer": lambda c: None, "get_context": refused}.items():     # no process
+        monkeypatch.setattr(train, name, fake)
+    c = bench_settings("mamba", "--batch-size", "2", "--out", str(tmp_path))
+    train.bench(SimpleNamespace(**vars(c) | {"device": "cuda:0"}))
+    text = capsys.readouterr().out
+    heads, *rows = [line.split() for line in text[text.index("    L  work"):].splitlines()]
+    assert heads[-2:] == ["TB/s", "TFLOP/s"] and all(row[-2:] == ["3.00", "7.0"] for row in rows)
+    assert [row[2] for row in rows] == [
+        "fast", "bf16", *["no-triton"] * bool(mamba_adv.triton), "plain"]
+    assert "cuda:0 copies." in text
+    assert "tb_per_second,tflop_per_second\n" in (tmp_path / "bench.csv").read_text()
+
+
 def test_without_triton_mamba_s_scan_is_made_of_pytorch_s_operations():
     before = mamba_adv.triton
     with train.FORMS["no-triton"][0]():
