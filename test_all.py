@@ -1358,13 +1358,28 @@ def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(t
         result = json.loads(path.read_text())
         result["Best"]["clean"] = clean
         path.write_text(json.dumps(result))
+    table = ["--table", *(str(tmp_path / out) for out in "abc")]
     capsys.readouterr()
-    assert train.main(["--table", *(str(tmp_path / out) for out in "abc")]) == 0
+    assert train.main(table) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("synthetic, method pgd, eps 8/255, steps 2, width 8")
     assert lines[4].startswith("| s4 | 2 | 50.0 +- 35.4 / ")
     assert lines[5].startswith("| s4 + AdS relu | 1 |") and not lines[1]
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert len({line.count("|") for line in lines[2:]}) == 1 and "aa" not in lines[2]
+
+    for eps, out in (("0", "a"), ("8/255", "b"), ("16/255", "c")):          # b at the run's own
+        assert train.main(["--evaluate", str(tmp_path / out / "best.pt"), "--attacks", "clean,aa",
+                           "--test-size", "6", "--eps", eps]) == 0
+    rows = json.loads((tmp_path / "b" / "best-evaluation.json").read_text())["rows"]
+    capsys.readouterr()
+    assert train.main(table) == 0
+    with_aa = capsys.readouterr().out.splitlines()
+    assert rows[-1]["attack"] == "aa" and with_aa[2].endswith("| Best: aa | logs |")
+    assert with_aa[4].split(" | ")[-2] == (
+        f"{100 * rows[-1]['accuracy']:.1f}, n 6: [1]({tmp_path}/b/best-evaluation.json)")
+    assert with_aa[5].split(" | ")[-2] == ""
+    (tmp_path / "c" / "best-evaluation.json").write_text("{}")
+    assert train.main(table) == 2 and "best-evaluation.json is damaged" in capsys.readouterr().err
     assert train.main(["--table", str(tmp_path)]) == 2
     assert "there is no result.json of a finished run" in capsys.readouterr().err
 
@@ -2166,34 +2181,37 @@ def test_help_states_every_flag_with_its_default(capsys):
     assert all(option in text for action in p._actions for option in action.option_strings)
 
 
-def test_the_tables_of_results_in_the_readme_are_what_their_commands_print(monkeypatch, capsys):
-    text = (HERE / "README.md").read_text()
+def findings():
+    """results/README.md, or a skip where the code was copied without it."""
+    if not (HERE / "results" / "README.md").exists():
+        pytest.skip("no results/ beside the code")
+    return (HERE / "results" / "README.md").read_text()
+
+
+def test_the_tables_of_results_in_the_readmes_are_what_their_commands_print(monkeypatch, capsys):
+    text, more = (HERE / "README.md").read_text(), findings()
     folders = re.findall(r"`python train\.py --table (\S+)/\*`", text)
     assert folders
-    if not all((HERE / folder).exists() for folder in folders):
-        pytest.skip("no results/ beside the code")
     monkeypatch.chdir(HERE)
     for folder in folders:
         runs = sorted(str(run) for run in Path(folder).iterdir())
         assert train.main(["--table", *runs]) == 0
         assert capsys.readouterr().out.strip() in text
     monkeypatch.chdir(HERE / "results")
-    assert "`cd results && python ../train.py --table NAME/* > NAME.md`" in text
-    for name in re.findall(r"\(results/(\S+)\.md\)", text):
+    assert "`cd results && python ../train.py --table NAME/* > NAME.md`" in more
+    assert len(names := sorted(Path().glob("*.md"))) > 4
+    for name in (path.stem for path in names if path.stem != "README"):
         assert train.main(["--table", *sorted(str(run) for run in Path(name).iterdir())]) == 0
         assert capsys.readouterr().out == Path(f"{name}.md").read_text()
 
 
-def test_the_accuracies_under_attack_in_the_readme_are_those_of_the_logs():
-    text = (HERE / "README.md").read_text()
-    table = re.search(r"^(\| model \|.*\| aa \|.*)\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+def test_the_accuracies_under_attack_in_the_findings_are_those_of_the_logs():
+    table = re.search(r"^(\| model \|.*\| aa \|.*)\n\|[-|]+\n((?:\|.*\n)+)", findings(), re.M)
     heads, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
                     for line in (table[1], *table[2].splitlines())]
-    logs = [[HERE / log for log in re.findall(r"\((results/evaluation/\S+)\)", row[-1])]
+    logs = [[HERE / "results" / log for log in re.findall(r"\((evaluation/\S+)\)", row[-1])]
             for row in rows]                                            # of a row's seeds
     assert all(logs)
-    if not all(log.exists() for some in logs for log in some):
-        pytest.skip("no results/ beside the code")
     for row, some in zip(rows, logs):
         found = [{name: (f"{float(value):.1f}", n) for name, value, n in re.findall(
             r"^(\S+) +([\d.]+)% +[\d.]+% - +[\d.]+% +([\d,]+) ", log.read_text(), re.M)}
@@ -2202,6 +2220,20 @@ def test_the_accuracies_under_attack_in_the_readme_are_those_of_the_logs():
         for head, cell in list(zip(heads, row))[heads.index("n") + 1:-1]:
             expected = [names[head][0] for names in found if head in names]
             assert cell == ", ".join(expected) and len(expected) in (0, len(some)), (some, head)
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_every_link_of_a_readme_leads_somewhere(name):
+    findings()
+    found = re.findall(r"\]\(((?!http)[^)]+)\)", (HERE / name).read_text())
+    assert len(found) > 20
+    for link in found:
+        path, _, heading = link.partition("#")
+        assert (goal := (HERE / name).parent / path).exists(), link
+        slugs = [re.sub(r"[^\w -]", "", line.lstrip("# ")).replace(" ", "-").lower()
+                 for line in (goal.read_text().splitlines() if heading else ())
+                 if line.startswith("#")]
+        assert not heading or heading in slugs, link
 
 
 def test_every_command_of_the_readme_parses():

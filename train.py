@@ -968,6 +968,7 @@ def results_table(folders):
     """--table: finished runs as Markdown, a line for each model: mean +- spread over its seeds.
 
     Accuracies in per cent, each as clean / PGD-10 / ...; spread is the sample standard deviation.
+    Under "Best: aa" stands what --evaluate RUN/best.pt --attacks aa left beside runs, with its n.
     """
     groups, common = {}, None
     for folder in folders:
@@ -984,22 +985,45 @@ def results_table(folders):
         name = c.model + (f" + AdS {c.ads}" if c.ads else f" + {c.control}" if c.control else "")
         key = (name, c.method, show(c.eps), c.steps, c.d_model, c.epochs, result["n_train"],
                result["n_test"])
-        groups.setdefault(key, []).append((folder, result))
+        groups.setdefault(key, []).append((folder, result | {"aa": auto_attacked(folder, c)}))
     names = ("model", "method", "eps", "steps", "width", "epochs", "n train", "n test")
     vary = [i for i, values in enumerate(zip(*groups)) if i == 0 or len(set(values)) > 1]
     alike = [f"{names[i]} {v}" for i, v in enumerate(next(iter(groups))) if i not in vary]
+    some = any(r["aa"] for runs in groups.values() for _, r in runs)
     heads = (*(names[i] for i in vary), "seeds",
              *(f"{which}: {' / '.join(common['attacks'])}" for which in ("Best", "Last", "Diff")),
-             "logs")
+             *["Best: aa"] * some, "logs")
     lines = [f"{common['dataset']}, {', '.join(alike)}", "",
              "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for key, runs in groups.items():
         cells = [" / ".join(spread([100 * r[which][a] for _, r in runs])
                             for a in common["attacks"]) for which in ("Best", "Last", "Diff")]
-        logs = " ".join(f"[{r['config']['seed']}]({folder}/log.txt)" for folder, r in runs)
-        row = [*(str(key[i]) for i in vary), str(len(runs)), *cells, logs]
+        if some:
+            attacked = [(folder, r) for folder, r in runs if r["aa"]]
+            found, sizes = zip(*(r["aa"] for _, r in attacked)) if attacked else ((), ())
+            cells.append(f"{spread(found)}, n {' to '.join(map(str, sorted(set(sizes))))}: "
+                         f"{links(attacked, 'best-evaluation.json')}" if attacked else "")
+        row = [*(str(key[i]) for i in vary), str(len(runs)), *cells, links(runs, "log.txt")]
         lines.append("| " + " | ".join(row) + " |")
     print("\n".join(lines))
+
+
+def auto_attacked(folder, c):
+    """(per cent, n) of a run's best.pt under AutoAttack at its eps, from what --evaluate left in
+    the folder; None where it left nothing of the kind."""
+    path = Path(folder) / "best-evaluation.json"
+    try:
+        for r in json.loads(path.read_text())["rows"] if path.exists() else ():
+            if (r["attack"], r["eps"]) == ("aa", c.eps):
+                return 100 * r["accuracy"], r["n"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--table {folder}: its best-evaluation.json is damaged; evaluate best.pt "
+                        "again, or remove the file") from None
+
+
+def links(runs, file):
+    """A link to the file of each (folder, result), under its seed."""
+    return " ".join(f"[{r['config']['seed']}]({folder}/{file})" for folder, r in runs)
 
 
 def spread(values):
