@@ -31,11 +31,13 @@ class AdaptiveScaling(nn.Module):
     activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift
     only        str | None  "scale": t = 0;  "shift": s = 1;  (d^2 + d) parameters. An ablation
 
-    (..., d_model) -> (..., d_model), token by token.   ValueError for another activation.
+    (..., d_model) -> (..., d_model), token by token.   ValueError for another activation, or only.
     """
 
     def __init__(self, d_model, activation="relu", only=None):
         super().__init__()
+        if only not in (None, "scale", "shift"):
+            raise ValueError(f"only={only!r} is unknown; choose scale or shift, or leave it out")
         if activation not in ACTIVATIONS:
             raise ValueError(f"AdS activation {activation!r} is unknown; choose one of "
                              f"{', '.join(ACTIVATIONS)}")

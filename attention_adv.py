@@ -18,7 +18,7 @@ Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2
 Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel's average,
            V = d_hidden channels of values, Z = d_attn channels of queries and keys
            u (B, L, H) input of a map, y its output, x image, delta its perturbation
-           p damping, q = 1 - p a decay of the average, K its kernel
+           q = 1 - p a decay of the average, K its kernel; p and a are the paper's alpha and delta
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout,
            warm-up, input normalisation: not in the protocol. Chunking, Laplace attention.
@@ -68,11 +68,11 @@ class EMA(nn.Module):
     def __init__(self, d_model, d_state=16):
         super().__init__()
         size = (2 * d_model, d_state)                                       # forward, then backward
-        self.delta = nn.Parameter(0.2 * torch.randn(size))                  # p = sigmoid(delta)
-        self.alpha = nn.Parameter(0.2 * torch.randn(size))                  # a = sigmoid(alpha)
+        self.delta = nn.Parameter(0.2 * torch.randn(size))          # p = sigmoid(delta), and
+        self.alpha = nn.Parameter(0.2 * torch.randn(size))          # a = sigmoid(alpha), as in
         sign = 1.0 - 2.0 * (torch.arange(d_state) % 2)
         self.beta = nn.Parameter(0.02 * torch.randn(size) + sign)
-        self.gamma = nn.Parameter(torch.randn(size))
+        self.gamma = nn.Parameter(torch.randn(size))                # Mega's code; the paper's eta
         self.omega = nn.Parameter(torch.randn(d_model))
 
     def matrices(self):
@@ -81,7 +81,8 @@ class EMA(nn.Module):
         return torch.log1p(-p * a), p * self.beta * self.gamma / math.sqrt(self.gamma.shape[1])
 
     def kernel(self, L):
-        """K (H, 2L), circular: K_s at s >= 0 looks back, at 2L - s ahead; omega is in K_0."""
+        """K (H, 2L), for FFTs of length 2L: entry s < L weighs the token s steps back, entry 2L - s
+        that s steps ahead, entry L nothing; omega is in K_0."""
         log_q, c = self.matrices()
         back, ahead = vandermonde(c, log_q, L).chunk(2)                     # (H, L) each
         here = back[:, :1] + ahead[:, :1] + self.omega[:, None]
@@ -146,11 +147,11 @@ class Mega(nn.Module):
 
     def attention(self, z):
         """softmax(q k^T / sqrt(Z) + bias), rows sum to 1; z (B, L, Z) -> (B, L, L)."""
-        (B, L, Z), gamma, beta = z.shape, self.gamma, self.beta
+        (b, L, Z), gamma, beta = z.shape, self.gamma, self.beta
         q = torch.addcmul(beta[0], gamma[0], z) * Z ** -0.5                 # (B, L, Z)
         k = torch.addcmul(beta[1], gamma[1], z)                             # (B, L, Z)
         bias = once(self, L, lambda: self.relative_bias(L))
-        return torch.softmax(torch.baddbmm(bias.expand(B, L, L), q, k.mT), -1)
+        return torch.softmax(torch.baddbmm(bias.expand(b, L, L), q, k.mT), -1)
 
     def mixing(self, u):
         """Attention (B, L, L) and the values (B, L, V) that it mixes, to be looked at."""
@@ -218,7 +219,7 @@ def attention_error(P, V, P_adv, V_adv):
 # --------------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """z = LayerNorm(Mega(z)); z = LayerNorm(z + Linear(SiLU(Linear(z)))).  Ma et al. 2023, Sec. 3.4
+    """z = LayerNorm(Mega(z)); z = LayerNorm(z + Linear(SiLU(Linear(z)))). Ma et al., Mega Blocks
 
     (B, L, H) -> (B, L, H).
     """
@@ -247,7 +248,8 @@ class Classifier(nn.Module):
     ads, control            str | None  see ads.middle
     d_hidden, max_len       int         channels of values and feed-forward; most tokens of an image
 
-    Images (B, C, h, w) in [0, 1] -> logits (B, n_classes).  ValueError if patches do not fill them.
+    Images (B, C, h, w) in [0, 1] -> logits (B, n_classes).  ValueError if patches do not fill them,
+    or are more than max_len.
     """
 
     def __init__(self, in_channels, n_classes, d_model=128, d_state=16, n_layers=4, patch_size=1,
@@ -305,12 +307,11 @@ def frozen(model):
 def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
-    The weights' version counters are part of the key: a weight changed in place makes a new result,
-    and one that wants a gradient is never remembered; nor is anything where torch.compile traces.
-    Autocast is off: kernels need all their bits.
+    Until a weight changes, by its version counter; never while a weight wants a gradient, or where
+    torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    weights = [*module.parameters(), *module.buffers()]
-    with torch.autocast(weights[0].device.type, enabled=False):
+    weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
+    with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or module not in MEMO
                 or any(w.requires_grad for w in weights)):
             return make()
@@ -326,14 +327,17 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 
     loss   function   points (B, C, h, w) -> a scalar, summed over the batch
     start  like x     the first point, projected before its gradient is taken
-    The other arguments are those of pgd.  FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would silently stop and report robustness.
+    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
+    move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
+    0, so the attack would silently stop and report robustness.
     """
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
     x_adv = start.detach().clamp(low, high)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(steps if len(x) else 0):
             x_adv.requires_grad_()
             grad, = torch.autograd.grad(loss(x_adv), x_adv)
             finite = finite & grad.isfinite().all()
@@ -354,6 +358,7 @@ def fgsm(model, x, y, eps):
 def pgd(model, x, y, eps, alpha, steps):
     """max_{|delta|_inf <= eps} CE(model(x + delta), y), by ascent.      Madry et al. 2018, Sec. 2.1
 
+    model   Module        images (B, C, h, w) in [0, 1] -> logits; a normalisation is part of it
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
@@ -361,7 +366,7 @@ def pgd(model, x, y, eps, alpha, steps):
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
-    gradients and train/eval mode are left as they were.  FloatingPointError: see ascend.
+    gradients and train/eval mode are left as they were.  ValueError, FloatingPointError: ascend.
     """
     start = x + eps * (2 * torch.rand_like(x) - 1)
     return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"),

@@ -36,7 +36,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ads import middle
 
@@ -70,6 +69,13 @@ def selective_scan_loop(u, dt, A, B, C, D):
         h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
         ys.append((h * C_t[:, None]).sum(-1) + D * u_t)
     return torch.stack(ys, 1)                                               # (b, L, d)
+
+
+def first_only():
+    """RuntimeError where the gradient itself is to be differentiated: autograd would leave out what
+    passes through the scan (once_differentiable does not notice in autograd.grad)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the scan has no second derivative; take selective_scan_loop for that")
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -127,8 +133,8 @@ class SelectiveScan(torch.autograd.Function):
         return torch.cat(ys).transpose(0, 1).contiguous().addcmul_(D, u)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        first_only()
         u, dt, A, B, C, D, *borders = ctx.saved_tensors
         A_t, need = A.T.contiguous(), ctx.needs_input_grad
         chunks, (a, hs, es) = SelectiveScan.chunks(A_t, dt, dt * u, B, C, g)
@@ -258,8 +264,8 @@ class TritonScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        first_only()
         u, dt, A, B, C, D, borders = ctx.saved_tensors
         (b, L, d), N, g = u.shape, len(A), g.contiguous()
         before, dA = u.new_empty(b, TritonScan.T, N, d), u.new_empty(b, N, d)
@@ -431,12 +437,11 @@ def frozen(model):
 def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
-    The weights' version counters are part of the key: a weight changed in place makes a new result,
-    and one that wants a gradient is never remembered; nor is anything where torch.compile traces.
-    Autocast is off: kernels need all their bits.
+    Until a weight changes, by its version counter; never while a weight wants a gradient, or where
+    torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    weights = [*module.parameters(), *module.buffers()]
-    with torch.autocast(weights[0].device.type, enabled=False):
+    weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
+    with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or module not in MEMO
                 or any(w.requires_grad for w in weights)):
             return make()
@@ -452,14 +457,17 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 
     loss   function   points (B, C, h, w) -> a scalar, summed over the batch
     start  like x     the first point, projected before its gradient is taken
-    The other arguments are those of pgd.  FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would silently stop and report robustness.
+    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
+    move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
+    0, so the attack would silently stop and report robustness.
     """
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
     x_adv = start.detach().clamp(low, high)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(steps if len(x) else 0):
             x_adv.requires_grad_()
             grad, = torch.autograd.grad(loss(x_adv), x_adv)
             finite = finite & grad.isfinite().all()
@@ -480,6 +488,7 @@ def fgsm(model, x, y, eps):
 def pgd(model, x, y, eps, alpha, steps):
     """max_{|delta|_inf <= eps} CE(model(x + delta), y), by ascent.      Madry et al. 2018, Sec. 2.1
 
+    model   Module        images (B, C, h, w) in [0, 1] -> logits; a normalisation is part of it
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
@@ -487,7 +496,7 @@ def pgd(model, x, y, eps, alpha, steps):
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
-    gradients and train/eval mode are left as they were.  FloatingPointError: see ascend.
+    gradients and train/eval mode are left as they were.  ValueError, FloatingPointError: ascend.
     """
     start = x + eps * (2 * torch.rand_like(x) - 1)
     return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"),

@@ -10,7 +10,7 @@
     with AdS         35,850   85.2%   63.4%
 
 105 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits S4 without AdS stays near
-chance in this short a run; AdS also doubles the parameters (see ads.py for its controls).
+chance in this short a run; AdS brings parameters, too (see ads.py for its controls).
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
            S4       Gu et al. 2022, arXiv 2111.00396       TRADES  Zhang et al. 2019, 1901.08573
@@ -32,13 +32,12 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ads import middle
 
 
 # --------------------------------------------------------------------------------------------------
-# The sequence map: x_t = A' x_{t-1} + B' u_t,  y_t = Re(C x_t) + D u_t  with A', B', C, D fixed
+# The sequence map: h_t = A' h_{t-1} + B' u_t,  y_t = Re(C h_t) + D u_t  with A', B', C, D fixed
 # --------------------------------------------------------------------------------------------------
 
 def hippo_legs(N):
@@ -96,15 +95,16 @@ class Convolution(torch.autograd.Function):
 
     u (B, L, H), K_hat (H, L+1) = rfft(K, 2L)                                   returns y (B, L, H)
     Backward: a convolution's gradient is a correlation, the same map with K_hat conjugated. It is
-    written out since autograd takes complex FFTs of full length where real ones do.
+    written out since autograd takes complex FFTs of full length where real ones do; autograd can
+    follow it, for second derivatives.
     """
     SIZE = 2 ** 19                                  # numbers at a time: what a CPU's cache holds
 
     @staticmethod
     def parts(*tensors):
         """Each (B, L, H), a few images at a time: (H, n, L), so that time is adjacent in memory."""
-        B, L, H = tensors[0].shape
-        n = B if tensors[0].is_cuda else max(1, Convolution.SIZE // (L * H))
+        b, L, H = tensors[0].shape
+        n = b if tensors[0].is_cuda else max(1, Convolution.SIZE // (L * H))
         for part in zip(*(v.reshape(-1, H).split(n * L) for v in tensors)):
             yield [v.T.contiguous().unflatten(1, (-1, L)) for v in part]
 
@@ -123,7 +123,6 @@ class Convolution(torch.autograd.Function):
         return Convolution.run(u, K_hat)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         u, K_hat = ctx.saved_tensors
         L, dK_hat = g.shape[1], None
@@ -214,10 +213,10 @@ class S4(nn.Module):
     def recurrence(self, u):
         """The definition, step by step."""
         A, B, C = self.discrete(u.shape[1])
-        x, ys = torch.zeros_like(B).expand(len(u), -1, -1), []              # (B, H, N)
+        h, ys = torch.zeros_like(B).expand(len(u), -1, -1), []              # (B, H, N)
         for u_t in u.unbind(1):
-            x = torch.einsum("hmn,bhn->bhm", A, x) + B * u_t[..., None]
-            ys.append((C * x).sum(-1).real + self.D * u_t)
+            h = torch.einsum("hmn,bhn->bhm", A, h) + B * u_t[..., None]
+            ys.append((C * h).sum(-1).real + self.D * u_t)
         return torch.stack(ys, 1)                                           # (B, L, H)
 
     def forward(self, u):
@@ -261,12 +260,12 @@ class DSS(nn.Module):
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
 
     def recurrence(self, u):
-        """The definition: x_t = e^{lam dt} x_{t-1} + u_t, y_t = Re(C' x_t) + D u_t, stepwise."""
+        """The definition: h_t = e^{lam dt} h_{t-1} + u_t, y_t = Re(C' h_t) + D u_t, stepwise."""
         lam_dt, C = self.matrices(u.shape[1])
-        A, x, ys = lam_dt.exp(), torch.zeros_like(C).expand(len(u), -1, -1), []    # (B, H, N/2)
+        A, h, ys = lam_dt.exp(), torch.zeros_like(C).expand(len(u), -1, -1), []    # (B, H, N/2)
         for u_t in u.unbind(1):
-            x = A * x + u_t[..., None]
-            ys.append((C * x).sum(-1).real + self.D * u_t)
+            h = A * h + u_t[..., None]
+            ys.append((C * h).sum(-1).real + self.D * u_t)
         return torch.stack(ys, 1)                                           # (B, L, H)
 
     def forward(self, u):
@@ -274,44 +273,45 @@ class DSS(nn.Module):
 
 
 class Scan(torch.autograd.Function):
-    """x_t = a x_{t-1} + b_t, in parallel over chunks; only x is kept.                  S5, App. H
+    """h_t = a h_{t-1} + b_t, in parallel over chunks; only h is kept.                  S5, App. H
 
-    a  (P,)       |a| <= 1, real or complex            b  (B, L, P)            x  (B, L, P)
+    a  (P,)       |a| <= 1, real or complex            b  (B, L, P)            h  (B, L, P)
+    last  int  -1 forwards in time, 0 backwards: where the last state of a chunk lies
 
-    Backward: with g = dloss/dx, the same recurrence run in reverse gives dloss/db,
-        e_t = conj(a) e_{t+1} + g_t,      dloss/da = sum_{b,t} conj(x_{t-1}) e_t.
+    Backward: with g = dloss/dh, the same recurrence run in reverse gives dloss/db,
+        e_t = conj(a) e_{t+1} + g_t,      dloss/da = sum_{b,t} conj(h_{t-1}) e_t.
     """
 
     @staticmethod
-    def run(a, b, last=-1):
-        """Scan in all chunks of T = sqrt(L) steps at once, then chunk by chunk: 2 sqrt(L) steps.
-
-        last  int  -1 forwards in time, 0 backwards: where the last state of a chunk lies
-        """
+    def run(a, b, last):
+        """Time is cut into about sqrt(L) chunks of T steps: first the scan within all chunks at
+        once, then, chunk by chunk, a^k times the last state before it is added: 2 sqrt(L) steps."""
         L, way = b.shape[1], 1 if last else -1
         T = math.isqrt(L - 1) + 1
-        x = F.pad(b, (0, 0, 0, -L % T)).unflatten(1, (-1, T))               # (B, L/T, T, P)
-        steps, chunks, power = x.unbind(2)[::way], x.unbind(1)[::way], [a]
+        h = F.pad(b, (0, 0, 0, -L % T)).unflatten(1, (-1, T))               # (B, L/T, T, P)
+        steps, chunks, power = h.unbind(2)[::way], h.unbind(1)[::way], [a]
         for before, now in zip(steps, steps[1:]):                           # (B, L/T, P)
             now.addcmul_(a, before)
             power.append(power[-1] * a)
         power = torch.stack(power[::way])                                   # a^1 .. a^T, (T, P)
         for before, now in zip(chunks, chunks[1:]):                         # (B, T, P)
             now.addcmul_(power, before[:, last, None])
-        return x.flatten(1, 2)[:, :L]
+        return h.flatten(1, 2)[:, :L]
 
     @staticmethod
-    def forward(ctx, a, b):
-        x = Scan.run(a, b)
-        ctx.save_for_backward(a, x if ctx.needs_input_grad[0] else None)
-        return x
+    def forward(ctx, a, b, last=-1):
+        h, ctx.last = Scan.run(a, b, last), last
+        ctx.save_for_backward(a, h if ctx.needs_input_grad[0] else None)
+        return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        a, x = ctx.saved_tensors
-        e = Scan.run(a.conj().resolve_conj(), g, last=0)
-        return None if x is None else (x[:, :-1].conj() * e[:, 1:]).sum((0, 1)), e
+        (a, h), back = ctx.saved_tensors, 0 if ctx.last else -1
+        e = Scan.apply(a.conj().resolve_conj(), g, back)
+        if h is None:
+            return None, e, None
+        h, later = (h[:, :-1], e[:, 1:]) if ctx.last else (h[:, 1:], e[:, :-1])
+        return (h.conj() * later).sum((0, 1)), e, None
 
 
 class S5(nn.Module):
@@ -320,7 +320,7 @@ class S5(nn.Module):
     d_model  int  channels H
     d_state  int  complex states P of the layer (the paper here: P = d_model)
 
-    (B, L, H) -> (B, L, H): x_t = A' x_{t-1} + B' u_t, y_t = Re(C x_t) + D u_t, by zero-order hold
+    (B, L, H) -> (B, L, H): h_t = A' h_{t-1} + B' u_t, y_t = Re(C h_t) + D u_t, by zero-order hold
     A' = e^{lam dt}, B' = lam^-1 (e^{lam dt} - 1) B, dt per state (Sec. 3.2).
     """
 
@@ -358,19 +358,19 @@ class S5(nn.Module):
     def recurrence(self, u):
         """The definition, step by step."""
         A, B, C = self.matrices()
-        x, ys = torch.zeros(len(u), len(A), dtype=A.dtype, device=A.device), []    # (B, P)
+        h, ys = torch.zeros(len(u), len(A), dtype=A.dtype, device=A.device), []    # (B, P)
         for u_t in u.unbind(1):
-            x = A * x + u_t.to(B.dtype) @ B.T
-            ys.append((x @ C.T).real + self.D * u_t)
+            h = A * h + u_t.to(B.dtype) @ B.T
+            ys.append((h @ C.T).real + self.D * u_t)
         return torch.stack(ys, 1)                                           # (B, L, H)
 
     def forward(self, u):
         A, B, C = once(self, None, self.matrices)
         B = torch.view_as_real(B.T.contiguous()).flatten(1)                 # (H, 2P), real pairs
-        C = torch.view_as_real(C.conj().resolve_conj()).flatten(1)          # (H, 2P): Re(C x)
-        x = (u @ B).to(B.dtype).unflatten(-1, (-1, 2))                      # (B, L, P, 2)
-        x = Scan.apply(A, torch.view_as_complex(x))                         # (B, L, P)
-        return torch.addcmul(torch.view_as_real(x).flatten(2) @ C.T, self.D, u)     # (B, L, H)
+        C = torch.view_as_real(C.conj().resolve_conj()).flatten(1)          # (H, 2P): Re(C h)
+        h = (u @ B).to(B.dtype).unflatten(-1, (-1, 2))                      # (B, L, P, 2)
+        h = Scan.apply(A, torch.view_as_complex(h))                         # (B, L, P)
+        return torch.addcmul(torch.view_as_real(h).flatten(2) @ C.T, self.D, u)     # (B, L, H)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,7 +397,8 @@ def gain_bounds(ssm, L):
 
     Arguments as gain. Returns both ends (H,); w on the 2L-th roots of 1.         Derived here, P2
     Left: |K^(w)| = |sum_s K_s e^{-iws}| <= sum_s |K_s|. Right: |K_s| <= sum_n g_n rho_n^s (modes).
-    So the signal's gain at any frequency is below the error's: they cannot be turned apart far.
+    So a smaller gain of the error caps the signal's at every frequency; but they can lie apart, by
+    as much as sqrt(L) (Parseval and Cauchy-Schwarz).
     """
     K, (g, rho) = ssm.kernel(L), ssm.modes(L)
     if K.dim() == 2:
@@ -571,12 +572,11 @@ def frozen(model):
 def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
-    The weights' version counters are part of the key: a weight changed in place makes a new result,
-    and one that wants a gradient is never remembered; nor is anything where torch.compile traces.
-    Autocast is off: kernels need all their bits.
+    Until a weight changes, by its version counter; never while a weight wants a gradient, or where
+    torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    weights = [*module.parameters(), *module.buffers()]
-    with torch.autocast(weights[0].device.type, enabled=False):
+    weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
+    with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or module not in MEMO
                 or any(w.requires_grad for w in weights)):
             return make()
@@ -592,14 +592,17 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 
     loss   function   points (B, C, h, w) -> a scalar, summed over the batch
     start  like x     the first point, projected before its gradient is taken
-    The other arguments are those of pgd.  FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would silently stop and report robustness.
+    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
+    move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
+    0, so the attack would silently stop and report robustness.
     """
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
     x_adv = start.detach().clamp(low, high)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(steps if len(x) else 0):
             x_adv.requires_grad_()
             grad, = torch.autograd.grad(loss(x_adv), x_adv)
             finite = finite & grad.isfinite().all()
@@ -620,6 +623,7 @@ def fgsm(model, x, y, eps):
 def pgd(model, x, y, eps, alpha, steps):
     """max_{|delta|_inf <= eps} CE(model(x + delta), y), by ascent.      Madry et al. 2018, Sec. 2.1
 
+    model   Module        images (B, C, h, w) in [0, 1] -> logits; a normalisation is part of it
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
@@ -627,7 +631,7 @@ def pgd(model, x, y, eps, alpha, steps):
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
-    gradients and train/eval mode are left as they were.  FloatingPointError: see ascend.
+    gradients and train/eval mode are left as they were.  ValueError, FloatingPointError: ascend.
     """
     start = x + eps * (2 * torch.rand_like(x) - 1)
     return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"),

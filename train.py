@@ -26,12 +26,13 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import statistics
 import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,7 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 import attention_adv
@@ -260,8 +261,8 @@ def loss_of(c, method, model, x, x_adv, y):
 def free_backward(model, x, y, noise, eps):
     """One replay of FreeAT: one backward pass gives both gradients.    Shafahi et al. 2019, Alg. 1
 
-        w    descends  grad_w CE(model(x + noise), y)                   (left in .grad)
-        noise  <-  Proj_eps(noise + eps sign grad_x CE(model(x + noise), y))
+        w    descends  grad_w CE(model(x'), y),  x' = clamp(x + noise)  (left in .grad)
+        noise  <-  Proj_eps(noise + eps sign grad_x' CE(model(x'), y))
 
     noise  like x, changed in place: it is carried from replay to replay and to the next batch.
     Returns the loss, a scalar.
@@ -388,7 +389,8 @@ def apgd(model, x, y, eps, steps=100, loss="ce", target=None):
     target  (B,) or None  classes to move to, with loss "dlr"
 
     alpha starts at 2 eps; at a checkpoint it is halved, and the search goes back to the best point,
-    where the loss rose in fewer than rho of the steps or its maximum stands still.
+    if fewer than rho of the steps raised the loss, or if alpha was kept the last time and the best
+    loss has not risen since.
     ValueError on another loss, or a target with "ce".
     """
     if loss not in ("ce", "dlr") or (loss == "ce" and target is not None):
@@ -455,7 +457,8 @@ def project(x, w, c):
 
     x, w, c  (B, n), (B, n), (B,)    points of the box, normals, what <w, d> has to reach
     Returns (B, n); the d that comes closest where the box does not meet the hyperplane.
-    With |d|_inf = r pixel i gives |w_i| min(r, room_i): piecewise linear in r, knots at the rooms.
+    Every pixel moves by min(r, room_i), so <|w|, d> grows with r, linearly between sorted rooms:
+    find the piece that holds |c|, solve for r.
     """
     side, goal = w.sign() * c.sign()[:, None], c.abs()[:, None]             # (B, n), (B, 1)
     room = torch.where(side > 0, 1 - x, x)
@@ -616,9 +619,10 @@ def write(path, content):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: "
-                        "make room or choose another --out, and go on with --resume") from e
+                        "make room, and go on with --resume") from e
 
 
 def save(run):
@@ -648,7 +652,10 @@ def read_checkpoint(path, flag):
         if state["format"] == 1 and state["model"] and state["config"]:
             return state
     except FileNotFoundError:
-        raise UserError(f"{flag} {path}: there is no such file") from None
+        raise UserError(f"{flag} {path}: there is no such file; give one of a run's checkpoints, "
+                        "last.pt or best.pt") from None
+    except IsADirectoryError:
+        raise UserError(f"{flag} {path}: this is a folder; give a checkpoint in it") from None
     except Exception:                                                 # whatever a damaged file does
         pass
     raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program")
@@ -856,6 +863,8 @@ def train(c, data, state=None):
     run, n = new_run(c), len(data["train"][0])
     if state is not None:
         restore(run, state)
+    if rank() == 0:
+        write(Path(c.out) / "config.json", json.dumps(vars(c) | machine(c), indent=1))
     run.batches = -(-n // c.batch_size)
     if state is None:
         greet(run, n)
@@ -970,14 +979,10 @@ def results_table(folders):
     Accuracies in per cent, each as clean / PGD-10 / ...; spread is the sample standard deviation.
     Under "Best: aa" stands what --evaluate RUN/best.pt --attacks aa left beside runs, with its n.
     """
-    groups, common = {}, None
+    groups, more, common = {}, {}, None
     for folder in folders:
-        try:
-            result = json.loads((Path(folder) / "result.json").read_text())
-            c = SimpleNamespace(**result["config"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--table {folder}: there is no result.json of a finished run; let the "
-                            "run end, or leave it out") from None
+        result = read_result(folder)
+        c = SimpleNamespace(**result["config"])
         same = {k: result["config"][k] for k in ("dataset", "eps", "attacks", "select")}
         if (common := common or same) != same:
             raise UserError(f"--table {folder}: its dataset, eps, attacks or select differ from "
@@ -985,45 +990,74 @@ def results_table(folders):
         name = c.model + (f" + AdS {c.ads}" if c.ads else f" + {c.control}" if c.control else "")
         key = (name, c.method, show(c.eps), c.steps, c.d_model, c.epochs, result["n_train"],
                result["n_test"])
-        groups.setdefault(key, []).append((folder, result | {"aa": auto_attacked(folder, c)}))
+        own = SHAPES.get(c.method, ()) + SHAPES.get(c.model, ()) + SHAPES["all"]
+        rest = {k: show(v) if k == "alpha" else str(v) for k, v in vars(c).items() if k in own}
+        seeds = groups.setdefault((key, tuple(sorted(rest.items()))), {})
+        if (twin := seeds.setdefault(c.seed, (folder, result))[0]) != folder or (
+                folders.count(folder) > 1):
+            raise UserError(f"--table {folder}: {twin} has the same settings and seed; give one")
+        for k, v in rest.items():
+            more.setdefault((key, k), set()).add(v)
     names = ("model", "method", "eps", "steps", "width", "epochs", "n train", "n test")
-    vary = [i for i, values in enumerate(zip(*groups)) if i == 0 or len(set(values)) > 1]
-    alike = [f"{names[i]} {v}" for i, v in enumerate(next(iter(groups))) if i not in vary]
-    some = any(r["aa"] for runs in groups.values() for _, r in runs)
-    heads = (*(names[i] for i in vary), "seeds",
+    keys = [key for key, _ in groups]
+    vary = [i for i, values in enumerate(zip(*keys)) if i == 0 or len(set(values)) > 1]
+    alike = [f"{names[i]} {v}" for i, v in enumerate(keys[0]) if i not in vary]
+    apart = list(dict.fromkeys(k for (_, k), values in more.items() if len(values) > 1))
+    some = any(r["aa"] for runs in groups.values() for _, r in runs.values())
+    heads = (*(names[i] for i in vary), *(k.replace("_", "-") for k in apart), "seeds",
              *(f"{which}: {' / '.join(common['attacks'])}" for which in ("Best", "Last", "Diff")),
              *["Best: aa"] * some, "logs")
     lines = [f"{common['dataset']}, {', '.join(alike)}", "",
              "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for key, runs in groups.items():
+    for (key, rest), runs in groups.items():
+        runs = list(runs.values())
         cells = [" / ".join(spread([100 * r[which][a] for _, r in runs])
                             for a in common["attacks"]) for which in ("Best", "Last", "Diff")]
-        if some:
-            attacked = [(folder, r) for folder, r in runs if r["aa"]]
-            found, sizes = zip(*(r["aa"] for _, r in attacked)) if attacked else ((), ())
-            cells.append(f"{spread(found)}, n {' to '.join(map(str, sorted(set(sizes))))}: "
-                         f"{links(attacked, 'best-evaluation.json')}" if attacked else "")
-        row = [*(str(key[i]) for i in vary), str(len(runs)), *cells, links(runs, "log.txt")]
+        if attacked := [(folder, r) for folder, r in runs if r["aa"]]:
+            found, sizes = zip(*(r["aa"] for _, r in attacked))
+            n = " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes)))))
+            cells.append(f"{spread(found)}, n {n}: {links(attacked, 'best-evaluation.json')}")
+        elif some:
+            cells.append("")
+        row = [*(str(key[i]) for i in vary), *(dict(rest).get(k, "") for k in apart),
+               str(len(runs)), *cells, links(runs, "log.txt", "log.csv")]
         lines.append("| " + " | ".join(row) + " |")
     print("\n".join(lines))
 
 
-def auto_attacked(folder, c):
-    """(per cent, n) of a run's best.pt under AutoAttack at its eps, from what --evaluate left in
-    the folder; None where it left nothing of the kind."""
-    path = Path(folder) / "best-evaluation.json"
+# What makes two runs with the same columns of a table different experiments.
+SHAPES = {"all": ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
+                  "eps_warmup", "precision"),
+          "trades": ("beta",), "free": ("replays",), "yopo": ("yopo",), "attention": ("d_hidden",)}
+
+
+def read_result(folder):
+    """result.json of a finished run, and under "aa" its best.pt's (per cent, n) under AutoAttack
+    at the run's eps, of the largest n, from what --evaluate left in the folder, or None."""
     try:
-        for r in json.loads(path.read_text())["rows"] if path.exists() else ():
-            if (r["attack"], r["eps"]) == ("aa", c.eps):
-                return 100 * r["accuracy"], r["n"]
+        result = json.loads((Path(folder) / "result.json").read_text())
+        c, _, _ = result["config"], int(result["n_train"]), int(result["n_test"])
+        for which in ("Best", "Last", "Diff"):
+            [float(result[which][a]) for a in (*c["attacks"], *["epoch"] * (which != "Diff"))]
     except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--table {folder}: there is no result.json of a finished run; let the "
+                        "run end, or leave it out") from None
+    file = Path(folder) / "best-evaluation.json"
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        current = found.get("epoch", result["Best"]["epoch"]) == result["Best"]["epoch"]
+        found = [(r["n"], 100 * float(r["accuracy"])) for r in found["rows"]
+                 if current and (r["attack"], r["eps"]) == ("aa", c["eps"])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--table {folder}: its best-evaluation.json is damaged; evaluate best.pt "
                         "again, or remove the file") from None
+    return result | {"aa": max(found)[::-1] if found else None}
 
 
-def links(runs, file):
-    """A link to the file of each (folder, result), under its seed."""
-    return " ".join(f"[{r['config']['seed']}]({folder}/{file})" for folder, r in runs)
+def links(runs, *files):
+    """A link to the first of these files that is there, of each (folder, result), by its seed."""
+    return " ".join(f"[{r['config']['seed']}]({folder}/" + next(
+        (f for f in files if (Path(folder) / f).exists()), files[-1]) + ")" for folder, r in runs)
 
 
 def spread(values):
@@ -1071,7 +1105,7 @@ def attacks_of(spec, c):
         return [lambda model, x, y: fgsm(model, x, y, c.eps)]
     kind, _, size = spec.partition("-")
     steps, _, restarts = size.partition("x")
-    if kind == "pgd" and steps.isdigit() and (restarts or "1").isdigit() and int(restarts or 1):
+    if kind == "pgd" and steps.isdecimal() and (restarts or "1").isdecimal() and int(restarts or 1):
         attack = in_parts(c, pgd)
         return [lambda *xy: attack(*xy, c.eps, c.alpha, int(steps))] * int(restarts or 1)
     raise UserError(f"--attacks {spec}: no such attack; choose from clean, fgsm, pgd-K and pgd-KxR "
@@ -1112,6 +1146,8 @@ def evaluate(model, images, labels, specs, c, place, kept=None, source=None):
             attacks, seconds = attacks_of(spec, c), 0.0
             left = [0] * (1 + len(attacks))                     # as they are, after each attack
             for b, (x, y) in enumerate(zip(images.split(c.batch_size), labels.split(c.batch_size))):
+                if not len(x):                                          # more processes than images
+                    continue
                 at, start = repr((place, spec, c.eps, c.alpha, b)), time.monotonic()
                 if at not in kept:
                     found = still_right(model, x.to(dtype) / 255, y, attacks, lambda k: seed_of(
@@ -1189,8 +1225,9 @@ def evaluate_checkpoint(c, state):
     """--evaluate: tables, also as CSV and JSON beside the checkpoint.  Returns the exit code.
 
     Finished batches wait in a file named after all that they depend on, until the tables are done.
+    What the JSON has of other attacks on the same weights is kept.
     """
-    model, other, stem = load_model(c, state), None, Path(c.evaluate).with_suffix("")
+    model, other, stem = load_model(c, state), None, stem_of(c.evaluate)
     if c.transfer_from:
         other = read_checkpoint(Path(c.transfer_from), "--transfer-from")
         for key in ("dataset", "classes"):
@@ -1211,14 +1248,35 @@ def evaluate_checkpoint(c, state):
     checked = checks(model, images, labels, c) if c.checks else []
     if rank() == 0:
         job = "evaluation" if c.attacks else "-".join(job for job in JOBS if getattr(c, job))
-        name = stem.with_name(f"{stem.name}-{job.replace('_', '-')}")
+        name, weights = stem.with_name(f"{stem.name}-{job.replace('_', '-')}"), digest(
+            *state["model"].values())
+        rows = earlier_rows(name.with_name(name.name + ".json"), weights, rows) + rows
         if rows:
             write_csv(name.with_name(name.name + ".csv"), rows)
         write(name.with_name(name.name + ".json"),
-              json.dumps({"checkpoint": stem.name + ".pt", "rows": rows, "checks": checked,
+              json.dumps({"checkpoint": stem.name + ".pt", "epoch": state["epoch"],
+                          "weights": weights, "rows": rows, "checks": checked,
                           "config": vars(c), **machine(c)}, indent=1))
     kept.path.unlink(missing_ok=True)
     return int(not all(check["passed"] for check in checked))
+
+
+def stem_of(checkpoint):
+    """Where what is said of a checkpoint lies: beside the file; of a run's folder, in it."""
+    path = Path(checkpoint)
+    return path / "last" if path.is_dir() else path.with_suffix("")
+
+
+def earlier_rows(file, weights, rows):
+    """The rows of a table on the same weights that are not measured again by these."""
+    def what(row):
+        return [row[k] for k in ("attack", "eps", "alpha", "n", "seed")]
+    try:
+        found, again = json.loads(file.read_text()), [what(row) for row in rows]
+        return [row for row in found["rows"] if found["weights"] == weights
+                and row.keys() == rows[0].keys() and what(row) not in again]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return []
 
 
 def load_model(c, state):
@@ -1235,7 +1293,7 @@ def tables(model, images, labels, c, kept, other):
     other  dict or None  the checkpoint of --transfer-from: its model is attacked, ours measured
     """
     measure = functools.partial(table, model, images, labels, kept=kept)
-    stem, specs = Path(c.evaluate).with_suffix(""), [s for s in c.attacks if s != "clean"]
+    stem, specs = stem_of(c.evaluate), [s for s in c.attacks if s != "clean"]
     rows = measure([(spec, spec, c) for spec in c.attacks]) if c.attacks else []
     if c.eps_sweep:
         swept = measure([(f"{spec}, eps {show(eps)}", spec, at_radius(c, eps))
@@ -1459,9 +1517,14 @@ def plot_runs(runs, path):
     logs, sets = [], {"train": "train", "val": "held-out", "test": "test"}
     for run in runs:
         file = Path(run) / "log.csv"
-        rows = csv.DictReader(file.read_text().splitlines() if file.is_file() else ())
-        keys = [k for k in rows.fieldnames or () if k.endswith(("_clean", "_pgd-10"))]
-        logs.append((keys, [r for r in rows if keys and r[keys[-1]]]))
+        try:
+            rows = csv.DictReader(file.read_text().splitlines() if file.is_file() else ())
+            keys = [k for k in rows.fieldnames or () if k.endswith(("_clean", "_pgd-10"))]
+            logs.append((keys, [{k: float(r[k]) for k in ("epoch", *keys)} for r in rows
+                                if keys and r[keys[-1]]]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--plot {run}: its log.csv is damaged; --resume writes it anew from "
+                            "the checkpoint") from None
         if not logs[-1][1]:
             raise UserError(f"--plot {run}: there is no log.csv with a measured epoch; give "
                             "folders of runs that have come so far")
@@ -1470,11 +1533,11 @@ def plot_runs(runs, path):
         for ax in axes.flat[len(runs):]:
             ax.axis("off")
         for ax, run, (keys, rows) in zip(axes.flat, runs, logs):
-            lines, epochs = {}, [int(r["epoch"]) for r in rows]
+            lines, epochs = {}, [round(r["epoch"]) for r in rows]
             for key in keys:
                 name, attack = key.split("_")
                 style = ("o" if attack == "clean" else "s") + ("--" if name == "train" else "-")
-                y = [100 * float(r[key]) for r in rows]
+                y = [100 * r[key] for r in rows]
                 lines[f"{sets[name]}, {attack}"] = epochs, y, None, style
             draw_lines(ax, lines, top)
             clean = lines[f"{sets[name]}, clean"][1]                    # y: PGD-10 of the chooser
@@ -1483,7 +1546,7 @@ def plot_runs(runs, path):
             ax.set_title(f"{Path(run).resolve().name}\n{sets[name]}, {attack}: Best "
                          f"{y[best]:.1f} (epoch {epochs[best]}), Last {y[-1]:.1f}", size=9)
             ax.set(xlabel="epoch", ylabel="accuracy, %")
-    top = 108 * max(float(r[k]) for keys, rows in logs for r in rows for k in keys)
+    top = 108 * max(0.01, *(r[k] for keys, rows in logs for r in rows for k in keys))
     columns = 2 if len(runs) == 4 else min(len(runs), 3)
     draw(Path(path), fill, -(-len(runs) // columns), columns)
 
@@ -1545,18 +1608,39 @@ def reduced(c):
 
 
 def loss_backward(c, method, model, x, y, eps, alpha):
-    """The loss and its gradient, --micro-batch images at a time: memory for these, the same mean.
-
-    Left out, it is the batch, since each part computes its kernels anew; Mamba, which has none,
-    takes what a cache holds of its 2 d_model inner channels.
-    """
-    parts = part_size(c, 2 * c.d_model) if c.model == "mamba" else len(x)
+    """The loss and its gradient, part_size(c) images at a time, --micro-batch at most: memory for
+    these, the same mean."""
     total, x_adv = 0.0, attacked(c, method, model, x, y, eps, alpha)
-    for part in zip(*(v.split(c.micro_batch or parts) for v in (x, x_adv, y))):
-        loss = loss_of(c, method, model, *part) * (len(part[0]) / len(x))
-        loss.backward()
-        total = total + loss.detach()
+    n = min(part_size(c, c.d_model * (2 if c.model == "mamba" else 1)), c.micro_batch or math.inf)
+    with kernels_apart(SCRIPTS[c.model]) if n < len(x) else nullcontext():
+        for part in zip(*(v.split(n) for v in (x, x_adv, y))):
+            loss = loss_of(c, method, model, *part) * (len(part[0]) / len(x))
+            loss.backward()
+            total = total + loss.detach()
     return total
+
+
+@contextmanager
+def kernels_apart(script):
+    """Within it each kernel is made once for all parts of a batch, as a constant that gathers its
+    gradient; at the end that goes on to the weights, through the kernel made once more, layer by
+    layer: so no part makes a kernel, and only one kernel's intermediate results are held."""
+    once, made = script.once, {}
+
+    def gather(module, key, make):
+        if module not in made:
+            with torch.no_grad():
+                found, tree = tree_flatten(once(module, key, make))
+            made[module] = key, make, tree, [v.detach().requires_grad_() for v in found]
+        return tree_unflatten(made[module][-1], made[module][-2])
+    script.once = gather
+    try:
+        yield
+    finally:
+        script.once = once
+    for module, (key, make, _, constants) in made.items():
+        found, _ = tree_flatten(once(module, key, make))
+        torch.autograd.backward(found, [v.grad for v in constants])
 
 
 def plain_convolution(u, K_hat):
@@ -2059,7 +2143,7 @@ def analyse(c, state):
         except OSError as e:
             raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
                             "--out") from e
-        stem = Path(c.analyse).stem + "-analysis" if state else "analysis"
+        stem = stem_of(c.analyse).name + "-analysis" if state else "analysis"
         write_csv(out / f"{stem}.csv", rows)
         write(out / f"{stem}.json", json.dumps(
             {"n": n, "rows": rows, "config": vars(c), **machine(c)}, indent=1))
@@ -2111,6 +2195,8 @@ def plot_analyses(files, path):
             method = found["config"]["method"]
             found = [r | {"on": f"{names.get(method, method)} {r['on']}"} for r in found["rows"]
                      if r["statement"].startswith("change") and r["on"] != "start"]
+            if not found:
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--plot {file}: this is no analysis; give the .json files that "
                             "--analyse left") from None
@@ -2126,7 +2212,7 @@ def fraction(text):
     """'8/255', '0.031' -> float."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         message = f"{text} is no number; write it as 8/255 or 0.031"
         raise argparse.ArgumentTypeError(message) from None
 
@@ -2143,7 +2229,7 @@ def comma_list(text):
 
 def counts(text):
     """'1,5,10' -> [1, 5, 10]."""
-    if not all(v.isdigit() for v in text.split(",")):
+    if not all(v.isdecimal() for v in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers; write it as 1,5,10")
     return [int(v) for v in text.split(",")]
 
@@ -2151,7 +2237,7 @@ def counts(text):
 def pair(text):
     """'5-3' -> [5, 3]."""
     m, _, n = text.partition("-")
-    if not (m.isdigit() and n.isdigit()):
+    if not (m.isdecimal() and n.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text} is not of the form M-N; write it as 5-3")
     return [int(m), int(n)]
 
@@ -2205,8 +2291,7 @@ def parser():
          shown="1; tiny-imagenet, synthetic 4")
     flag("--batch-size", type=int, metavar="B", shown="by data set; --bench on a CPU 16",
          help="images of a step, over all processes")
-    flag("--micro-batch", type=int, metavar="M",
-         shown="all; mamba on a CPU: what its cache holds",
+    flag("--micro-batch", type=int, metavar="M", shown="all; on a CPU: what its cache holds",
          help="images of a batch at a time: less memory, the same step; not for free and yopo")
     flag("--epochs", type=int, help="passes over the training images", shown=by)
     flag("--lr", type=float, help="AdamW's learning rate, cosine to 0", shown=by)
@@ -2271,11 +2356,19 @@ def settings(argv):
     settings, else PRESETS, else the flag's default."""
     p, defaults = parser()
     given = vars(p.parse_args(argv))
+    if empty := [k for k, v in given.items() if v == ""]:
+        raise UserError(f"--{empty[0].replace('_', '-')} is empty; give a value, or leave it out")
+    jobs = [k for k in ("plot", "bench", "analyse", "evaluate", "resume") if k in given]
+    if len(jobs) > 1:
+        raise UserError(f"--{jobs[0]} and --{jobs[1]} are two jobs; give one of them")
+    if other := [k for k in ("lengths", "forms") if k in given and "bench" not in given]:
+        raise UserError(f"--{other[0]} has no place without --bench; add it, or leave this out")
     chosen = defaults | PRESETS[given.get("dataset", "cifar10")] | given
     c = SimpleNamespace(**chosen)
     states = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
     c.d_state = given.get("d_state", states)
     c.eps_warmup = c.eps_warmup or 0.0
+    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if c.bench is not None and c.device.startswith("cpu"):
         c.batch_size = given.get("batch_size", 16)
     if c.plot:
@@ -2294,7 +2387,11 @@ def settings(argv):
     if isinstance(path, str):
         if not Path(path).exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")
-        c.out = given.get("out", path if Path(path).is_dir() else str(Path(path).parent))
+        own = path if Path(path).is_dir() else str(Path(path).parent)
+        c.out = given.get("out", own)
+        if c.resume and Path(c.out).resolve() != Path(own).resolve():
+            raise UserError(f"--out {c.out}: a run goes on in its own folder, {own}; leave --out "
+                            f"out, or copy that folder and --resume the copy")
     c.out = c.out or "runs/" + "-".join(filter(None, (
         c.bench and "bench", c.dataset, c.model, c.ads and f"ads_{c.ads}", c.control, c.method,
         f"seed{c.seed}")))
@@ -2308,7 +2405,11 @@ def settings(argv):
         if state is None and free is not FREE:
             raise UserError(f"{flag} {path}: there is no checkpoint in that folder; give another")
         if state is None and (begun := Path(c.out) / "config.json").exists():
-            config = json.loads(begun.read_text())                      # cut before its first save
+            try:                                                        # cut before its first save
+                config = json.loads(begun.read_text())
+            except ValueError:
+                raise UserError(f"--resume {path}: there is no checkpoint, and config.json is "
+                                "damaged; start again with another --out") from None
             config = {"config": {k: config[k] for k in vars(c) if k in config}}
             return check(restored(c, given, config, path, free)), None
         if state is None and isinstance(c.resume, str):
@@ -2385,9 +2486,8 @@ def check(c):
         refuse("classes", f"{c.dataset} has 10 classes; only tiny-imagenet takes another number")
     for spec in c.attacks:
         attacks_of(spec, c)
-    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=c.device)
+        float(torch.zeros(1, device=c.device))                              # meta has no numbers
     except Exception:                                                     # each backend has its own
         refuse("device", "there is no such device here; leave it out, or give cpu")
     if c.micro_batch and c.method in ("free", "yopo"):
@@ -2451,8 +2551,11 @@ def main(argv=None):
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         all_bits()
-        if (asked := parser()[0].parse_args(argv)) and "table" in asked:
-            results_table([str(Path(folder)) for folder in asked.table])
+        if (asked := vars(parser()[0].parse_args(argv))) and "table" in asked:
+            if other := sorted(set(asked) - {"table"}):
+                raise UserError(f"--{other[0].replace('_', '-')} has no place beside --table, "
+                                "which prints what runs have left; leave it out")
+            results_table([str(Path(folder)) for folder in asked["table"]])
             return 0
         c, state = settings(argv)
         if not c.bench:                                                 # that has its own processes
@@ -2468,16 +2571,20 @@ def main(argv=None):
             return 0
         data = load_data(c)                                             # before anything is written
         held = lock(Path(c.out)) if rank() == 0 else None
-        if rank() == 0:
-            write(Path(c.out) / "config.json", json.dumps(vars(c) | machine(c), indent=1))
         train(c, data, state)
     except (UserError, FloatingPointError) as e:
         say(f"train.py: {e}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        say(f"train.py: the memory of {c.device} does not suffice ({str(e).partition(chr(10))[0]}); "
+            "try a smaller --micro-batch, --batch-size or model", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         goes_on = ("the same command goes on with it" if c and c.evaluate else
-                   f"go on with: python train.py --resume {c.out}"
-                   if c and (Path(c.out) / "config.json").exists() else "")
+                   f"go on with: python train.py --resume {shlex.quote(c.out)}"
+                   if c and not c.analyse and (Path(c.out) / "config.json").exists() else "")
         say("\nstopped" + ("; " + goes_on if goes_on else ""), file=sys.stderr)
         return 130
     finally:
