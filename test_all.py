@@ -1414,14 +1414,21 @@ def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(t
 
 def test_a_table_keeps_experiments_apart_and_counts_no_run_twice(tmp_path, capsys):
     for out, *words in (("a", "--lr", "1e-3"), ("b", "--lr", "2e-3"),
-                        ("c", "--lr", "1e-3", "--seed", "1")):
+                        ("c", "--lr", "1e-3", "--seed", "1"),
+                        ("d", "--method", "trades", "--beta", "2"),
+                        ("e", "--method", "trades", "--beta", "3")):
         assert trains(tmp_path / out, *TINY, *words) == 0
-    a, b, c = (str(tmp_path / out) for out in "abc")
+    a, b, c, d, e = (str(tmp_path / out) for out in "abcde")
     capsys.readouterr()
     assert train.main(["--table", a, b, c]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[:3] for line in lines[2:]] == [["| s4", "0.001", "2"], ["| s4", "0.002", "1"]]
     assert lines[0][:3] == ["| model", "lr", "seeds"] and f"({a}/log.csv)" in lines[2][-1]
+    assert train.main(["--table", a, b, d, e]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[0][:5] == ["| model", "method", "lr", "beta", "seeds"]
+    assert [line[2:4] for line in lines[2:]] == [
+        ["0.001", ""], ["0.002", ""], ["0.003", "2.0"], ["0.003", "3.0"]]
     for words in ([a, a], [a, f"{a}/../a"]):
         assert train.main(["--table", *words]) == 2
         assert "has the same settings and seed; give one" in capsys.readouterr().err

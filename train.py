@@ -973,13 +973,20 @@ def finish(run, data):
              "config": vars(c), **machine(c)}, indent=1))
 
 
+# What makes two runs different experiments though the columns of a table, those of results_table,
+# are the same: then it gets a column more.
+SHAPES = {"all": ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
+                  "eps_warmup", "precision"),
+          "trades": ("beta",), "free": ("replays",), "yopo": ("yopo",), "attention": ("d_hidden",)}
+
+
 def results_table(folders):
     """--table: finished runs as Markdown, a line for each model: mean +- spread over its seeds.
 
     Accuracies in per cent, each as clean / PGD-10 / ...; spread is the sample standard deviation.
     Under "Best: aa" stands what --evaluate RUN/best.pt --attacks aa left beside runs, with its n.
     """
-    groups, more, common = {}, {}, None
+    groups, common = {}, None                       # {columns, other settings: {seed: a run}}
     for folder in folders:
         result = read_result(folder)
         c = SimpleNamespace(**result["config"])
@@ -988,47 +995,41 @@ def results_table(folders):
             raise UserError(f"--table {folder}: its dataset, eps, attacks or select differ from "
                             f"those of {folders[0]}; print them apart")
         name = c.model + (f" + AdS {c.ads}" if c.ads else f" + {c.control}" if c.control else "")
-        key = (name, c.method, show(c.eps), c.steps, c.d_model, c.epochs, result["n_train"],
-               result["n_test"])
-        own = SHAPES.get(c.method, ()) + SHAPES.get(c.model, ()) + SHAPES["all"]
-        rest = {k: show(v) if k == "alpha" else str(v) for k, v in vars(c).items() if k in own}
-        seeds = groups.setdefault((key, tuple(sorted(rest.items()))), {})
-        if (twin := seeds.setdefault(c.seed, (folder, result))[0]) != folder or (
-                folders.count(folder) > 1):
-            raise UserError(f"--table {folder}: {twin} has the same settings and seed; give one")
-        for k, v in rest.items():
-            more.setdefault((key, k), set()).add(v)
+        columns = (name, c.method, show(c.eps), c.steps, c.d_model, c.epochs, result["n_train"],
+                   result["n_test"])
+        shape = [k for part in ("all", c.method, c.model) for k in SHAPES.get(part, ())]
+        others = tuple((k, str(vars(c).get(k))) for k in shape)
+        runs = groups.setdefault((columns, others), {})
+        if c.seed in runs:
+            raise UserError(f"--table {folder}: {runs[c.seed][0]} has the same settings and seed; "
+                            "give one of them")
+        runs[c.seed] = folder, result
     names = ("model", "method", "eps", "steps", "width", "epochs", "n train", "n test")
-    keys = [key for key, _ in groups]
-    vary = [i for i, values in enumerate(zip(*keys)) if i == 0 or len(set(values)) > 1]
-    alike = [f"{names[i]} {v}" for i, v in enumerate(keys[0]) if i not in vary]
-    apart = list(dict.fromkeys(k for (_, k), values in more.items() if len(values) > 1))
-    some = any(r["aa"] for runs in groups.values() for _, r in runs.values())
+    lines = [columns for columns, _ in groups]
+    vary = [i for i, values in enumerate(zip(*lines)) if i == 0 or len(set(values)) > 1]
+    alike = [f"{names[i]} {v}" for i, v in enumerate(lines[0]) if i not in vary]
+    apart = list(dict.fromkeys(k for a, u in groups for b, v in groups if a == b
+                               for (k, _), differs in zip(u, map(tuple.__ne__, u, v)) if differs))
+    found = [[run for run in runs.values() if run[1]["aa"]] for runs in groups.values()]
     heads = (*(names[i] for i in vary), *(k.replace("_", "-") for k in apart), "seeds",
              *(f"{which}: {' / '.join(common['attacks'])}" for which in ("Best", "Last", "Diff")),
-             *["Best: aa"] * some, "logs")
+             *["Best: aa"] * any(found), "logs")
     lines = [f"{common['dataset']}, {', '.join(alike)}", "",
              "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (key, rest), runs in groups.items():
+    for ((columns, others), runs), hit in zip(groups.items(), found):
         runs = list(runs.values())
-        cells = [" / ".join(spread([100 * r[which][a] for _, r in runs])
-                            for a in common["attacks"]) for which in ("Best", "Last", "Diff")]
-        if attacked := [(folder, r) for folder, r in runs if r["aa"]]:
-            found, sizes = zip(*(r["aa"] for _, r in attacked))
+        cells = [*(str(columns[i]) for i in vary), *(dict(others).get(k, "") for k in apart),
+                 str(len(runs)), *(" / ".join(spread([100 * r[which][a] for _, r in runs])
+                                              for a in common["attacks"])
+                                   for which in ("Best", "Last", "Diff"))]
+        if hit:
+            accuracies, sizes = zip(*(r["aa"] for _, r in hit))
             n = " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes)))))
-            cells.append(f"{spread(found)}, n {n}: {links(attacked, 'best-evaluation.json')}")
-        elif some:
+            cells.append(f"{spread(accuracies)}, n {n}: {links(hit, 'best-evaluation.json')}")
+        elif any(found):
             cells.append("")
-        row = [*(str(key[i]) for i in vary), *(dict(rest).get(k, "") for k in apart),
-               str(len(runs)), *cells, links(runs, "log.txt", "log.csv")]
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append("| " + " | ".join([*cells, links(runs, "log.txt", "log.csv")]) + " |")
     print("\n".join(lines))
-
-
-# What makes two runs with the same columns of a table different experiments.
-SHAPES = {"all": ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
-                  "eps_warmup", "precision"),
-          "trades": ("beta",), "free": ("replays",), "yopo": ("yopo",), "attention": ("d_hidden",)}
 
 
 def read_result(folder):
@@ -1036,18 +1037,19 @@ def read_result(folder):
     at the run's eps, of the largest n, from what --evaluate left in the folder, or None."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
-        c, _, _ = result["config"], int(result["n_train"]), int(result["n_test"])
-        for which in ("Best", "Last", "Diff"):
-            [float(result[which][a]) for a in (*c["attacks"], *["epoch"] * (which != "Diff"))]
+        c, best = result["config"], result["Best"]["epoch"]
+        numbers = [result["n_train"], result["n_test"], *(
+            result[which][a] for which in ("Best", "Last", "Diff") for a in c["attacks"])]
+        if not all(isinstance(v, (int, float)) for v in numbers):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--table {folder}: there is no result.json of a finished run; let the "
                         "run end, or leave it out") from None
     file = Path(folder) / "best-evaluation.json"
     try:
-        found = json.loads(file.read_text()) if file.exists() else {"rows": []}
-        current = found.get("epoch", result["Best"]["epoch"]) == result["Best"]["epoch"]
-        found = [(r["n"], 100 * float(r["accuracy"])) for r in found["rows"]
-                 if current and (r["attack"], r["eps"]) == ("aa", c["eps"])]
+        kept = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        found = [(r["n"], 100 * float(r["accuracy"])) for r in kept["rows"]
+                 if (r["attack"], r["eps"]) == ("aa", c["eps"]) and kept.get("epoch", best) == best]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--table {folder}: its best-evaluation.json is damaged; evaluate best.pt "
                         "again, or remove the file") from None
@@ -2578,8 +2580,9 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
-        say(f"train.py: the memory of {c.device} does not suffice ({str(e).partition(chr(10))[0]}); "
-            "try a smaller --micro-batch, --batch-size or model", file=sys.stderr)
+        why = str(e).partition("\n")[0]
+        say(f"train.py: the memory of {c.device} does not suffice ({why}); try a smaller "
+            "--micro-batch, --batch-size or model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = ("the same command goes on with it" if c and c.evaluate else
