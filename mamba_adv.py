@@ -461,7 +461,7 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
     0, so the attack would silently stop and report robustness.
     """
-    if not ((x >= 0) & (x <= 1)).all():
+    if ((x < -1e-6) | (x > 1 + 1e-6)).any():                                # rounding may stay
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
     x_adv = start.detach().clamp(low, high)
