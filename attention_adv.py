@@ -18,7 +18,7 @@ Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2
 Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel's average,
            V = d_hidden channels of values, Z = d_attn channels of queries and keys
            u (B, L, H) input of a map, y its output, x image, delta its perturbation
-           q = 1 - p a decay of the average, K its kernel; p and a are the paper's alpha and delta
+           q = 1 - p a decay of the average (p the paper's alpha, a its delta), K its kernel
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout,
            warm-up, input normalisation: not in the protocol. Chunking, Laplace attention.
@@ -68,11 +68,12 @@ class EMA(nn.Module):
     def __init__(self, d_model, d_state=16):
         super().__init__()
         size = (2 * d_model, d_state)                                       # forward, then backward
-        self.delta = nn.Parameter(0.2 * torch.randn(size))          # p = sigmoid(delta), and
-        self.alpha = nn.Parameter(0.2 * torch.randn(size))          # a = sigmoid(alpha), as in
+        # Names as in Mega's code: the paper's alpha is p, its delta (damping) a, its eta gamma.
+        self.delta = nn.Parameter(0.2 * torch.randn(size))                  # p = sigmoid(delta)
+        self.alpha = nn.Parameter(0.2 * torch.randn(size))                  # a = sigmoid(alpha)
         sign = 1.0 - 2.0 * (torch.arange(d_state) % 2)
         self.beta = nn.Parameter(0.02 * torch.randn(size) + sign)
-        self.gamma = nn.Parameter(torch.randn(size))                # Mega's code; the paper's eta
+        self.gamma = nn.Parameter(torch.randn(size))
         self.omega = nn.Parameter(torch.randn(d_model))
 
     def matrices(self):
