@@ -90,6 +90,22 @@ def vandermonde(c, log_lam, L):
     return (left @ right).flatten(1)[:, :L]                                 # (H, L)
 
 
+def cauchy(w, lam, s, c):
+    """sum_n w_n / (is - c lam_n), and the terms of each lam_n*, w_n*.   S4, Sec. 3.2: Cauchy kernel
+
+    w  (H, 4, N/2)  complex, four sums at a time     lam  (N/2,)  complex, one of each pair
+    s  (H, M)       real                             c    (M,)    real         returns (H, 4, M)
+    The two terms of a pair are together, in real numbers but for i,
+        2 (is Re w - c Re(w lam*)) / (c^2 |lam|^2 - s^2 - 2isc Re lam).
+    """
+    size = lam.abs()[:, None] * c                                           # (N/2, M)
+    R = torch.complex(size ** 2 - s[:, None] ** 2, -2 * lam.real[:, None] * (s * c)[:, None])
+    R = torch.view_as_real(R.reciprocal()).flatten(2)                       # (H, N/2, 2M)
+    w = 2 * torch.cat([w.real, (w * lam.conj()).real], 1)                   # (H, 8, N/2)
+    over = torch.view_as_complex((w @ R).unflatten(-1, (-1, 2)))            # (H, 8, M)
+    return 1j * s[:, None] * over[:, :4] - c * over[:, 4:]
+
+
 class Convolution(torch.autograd.Function):
     """y_t = sum_s K_s u_{t-s} by FFT of length 2L, so that nothing wraps around.
 
@@ -175,19 +191,12 @@ class S4(nn.Module):
         The bilinear rule turns K^ into e^{ia} C~ (is - cA)^-1 B with the real s = 2/dt sin a,
         c = cos a; nothing is singular at z = -1. With R = 1 / (is - c lam), Woodbury gives
             (is - c lam + c P P*)^-1 = R - R P c (1 + c P* R P)^-1 P* R.
-        A sum w R is over conjugate pairs, whose two terms are together
-            2 (is Re w - c Re(w lam*)) / (c^2 |lam|^2 - s^2 - 2isc Re lam).
         """
         lam, P, B, C, dt = self.matrices()
         a = math.pi / L * torch.arange(L // 2 + 1, device=dt.device, dtype=dt.dtype)
         s, c = 2 / dt[:, None] * a.sin(), a.cos()                           # (H, L/2+1), (L/2+1,)
-        size = lam.abs()[:, None] * c                                       # (N/2, L/2+1)
-        R = torch.complex(size ** 2 - s[:, None] ** 2, -2 * lam.real[:, None] * (s * c)[:, None])
-        R = torch.view_as_real(R.reciprocal()).flatten(2)                   # (H, N/2, 2(L/2+1))
-        w = 2 * torch.stack(torch.broadcast_tensors(C * B, C * P, P.conj() * B, P.conj() * P), 1)
-        w = torch.cat([w.real, (w * lam.conj()).real], 1)                   # (H, 8, N/2)
-        over = torch.view_as_complex((w @ R).unflatten(-1, (-1, 2)))        # (H, 8, L/2+1)
-        CB, CP, PB, PP = (1j * s[:, None] * over[:, :4] - c * over[:, 4:]).unbind(1)
+        w = torch.stack(torch.broadcast_tensors(C * B, C * P, P.conj() * B, P.conj() * P), 1)
+        CB, CP, PB, PP = cauchy(w, lam, s, c).unbind(1)                     # (H, L/2+1) each
         K = torch.fft.irfft(torch.exp(1j * a) * (CB - CP * c * PB / (1 + c * PP)), L)      # (H, L)
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
 

@@ -1645,6 +1645,19 @@ def kernels_apart(script):
         torch.autograd.backward(found, [v.grad for v in constants])
 
 
+def plain_cauchy(w, lam, s, c):
+    """s4_adv.cauchy, both of each pair, term by term."""
+    w, lam = (torch.cat([v, v.conj()], -1) for v in (w, lam))               # (H, 4, N), (N,)
+    R = 1 / (1j * s[:, None] - c * lam[:, None])                            # (H, N, M)
+    return (w[..., None] * R[:, None]).sum(2)                               # (H, 4, M)
+
+
+def plain_vandermonde(c, log_lam, L):
+    """vandermonde of s4_adv and attention_adv, an exponential for each state and token."""
+    powers = torch.exp(log_lam[..., None] * torch.arange(L, device=c.device))       # (H, N, L)
+    return (c[..., None] * powers).sum(1)                                   # (H, L)
+
+
 def plain_convolution(u, K_hat):
     """s4_adv.Convolution, left to autograd."""
     L = u.shape[1]
@@ -1663,14 +1676,15 @@ def plain_scan(a, b):
 @contextmanager
 def plainly():
     """Within it the work is done as one would first write it down, to compare: each kernel is
-    computed at each step, weights are not frozen, PGD takes the whole batch, and autograd stores
-    every state of a loop."""
+    computed at each step, as the sum that defines it, weights are not frozen, PGD takes the whole
+    batch, and autograd stores every state of a loop."""
     from unittest.mock import patch
     with ExitStack() as stack:
         for module, names in ((s4_adv, {"Convolution": SimpleNamespace(apply=plain_convolution),
-                                        "Scan": SimpleNamespace(apply=plain_scan)}),
+                                        "Scan": SimpleNamespace(apply=plain_scan),
+                                        "cauchy": plain_cauchy, "vandermonde": plain_vandermonde}),
                               (mamba_adv, {"selective_scan": mamba_adv.selective_scan_loop}),
-                              (attention_adv, {})):
+                              (attention_adv, {"vandermonde": plain_vandermonde})):
             stack.enter_context(patch.multiple(
                 module, frozen=nullcontext, once=lambda module, key, make: make(), **names))
         # Not the module's attributes: in a process of --bench they are a copy of these.
