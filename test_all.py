@@ -681,9 +681,9 @@ def test_weight_decay_is_for_the_weights_of_linear_and_conv_layers_alone(name):
     (lambda: ads.AdaptiveScaling(4, "swish"), "'swish' is unknown; .* relu, sigmoid, tanh"),
     (lambda: ads.AdaptiveScaling(4, only="bias"), "only='bias' is unknown; choose scale or shift"),
     *((lambda m=m, f=f: f(MODELS[m], tiny(m), 2 * images()[0] - 0.5, images()[1]),
-       "images must lie in .0, 1.; a normalisation belongs into the model") for m in MODELS for f in (
-           lambda s, *at: s.fgsm(*at, EPS), lambda s, *at: s.pgd(*at, EPS, ALPHA, 2),
-           lambda s, *at: s.trades_loss(*at, EPS, ALPHA, 2, 6.0))),
+       "images must lie in .0, 1.; a normalisation belongs into the model") for m in MODELS
+      for f in (lambda s, *at: s.fgsm(*at, EPS), lambda s, *at: s.pgd(*at, EPS, ALPHA, 2),
+                lambda s, *at: s.trades_loss(*at, EPS, ALPHA, 2, 6.0))),
     (lambda: ads.middle(4, control="rnn"), "control 'rnn' is unknown; .* gelu, glu, mlp, scale"),
     *((lambda m=m: tiny(m, ads="relu", control="mlp"), "'relu' and control='mlp' name two things")
       for m in MODELS),
@@ -2356,7 +2356,8 @@ def test_every_command_of_the_readme_parses_and_its_settings_hold(tmp_path, monk
     assert len(commands) >= 3 and any("--bench" in command for command in inline)
     monkeypatch.chdir(tmp_path)
     for command in commands + [words for words in inline if words != "--help"]:
-        words = command.split("#")[0].replace("MODEL", "mamba").replace("-size N", "-size 4").split()
+        words = command.split("#")[0].replace("MODEL", "mamba").replace("-size N", "-size 4")
+        words = words.split()
         train.parser()[0].parse_args(words)                     # UserError: a flag that is not
         if not {"--evaluate", "--analyse", "--plot", "--table", "--help"} & set(words):
             assert train.settings(words)[0].device                          # without --device, too
