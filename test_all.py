@@ -2852,6 +2852,8 @@ def trained(tmp_path_factory):
 
 
 def evaluates(checkpoint, *words, size="20"):
+    """train.main on a checkpoint that has no table yet: an earlier one's rows would be kept."""
+    checkpoint.with_name(f"{checkpoint.stem}-evaluation.json").unlink(missing_ok=True)
     return train.main(["--evaluate", str(checkpoint), "--device", "cpu", "--test-size", size,
                        *words])
 
