@@ -2335,6 +2335,28 @@ def test_the_accuracies_under_attack_in_the_findings_are_those_of_the_logs():
             assert cell == ", ".join(expected) and len(expected) in (0, len(some)), (some, head)
 
 
+def test_the_speeds_in_the_readme_are_those_of_the_logs():
+    findings()
+    text, step = (HERE / "README.md").read_text(), r"pgd-10 AT step +(\S+) +\S+ +(\S+) .*%"
+    rows = re.findall(r"^(\| \S.*\(results/bench/([\w-]+)\.txt\) \|)$", text, re.M)
+    assert len(rows) == 6
+    for row, name in rows:
+        log = (HERE / "results" / "bench" / f"{name}.txt").read_text()
+        cpu = {form: float(seconds) for form, seconds in re.findall(step, log)}
+        mb = dict(re.findall(r"pgd-10 AT step +(\S+) +(?:\S+ +){5}(\d+) +[\d.]+%", log))
+        _, batch, here, bf16, plain, other, peak, _ = row.strip("|").split("|")
+        assert f"batch {batch.strip()}," in log and f"**{cpu['fast']:.1f} s**" in here
+        assert bf16.strip().startswith(f"{cpu['bf16']:.1f} s")
+        assert plain.strip() == f"{cpu['plain']:.1f} s, {cpu['plain'] / cpu['fast']:.1f}x"
+        assert peak.strip().startswith(f"{mb['fast']} / {mb['plain']}")
+        if "no-ads" in cpu:
+            assert f"{cpu['fast'] / cpu['no-ads']:.2f}x S4" in here
+            assert f"{cpu['bf16'] / cpu['no-ads']:.2f}x S4" in bf16
+        if "peer" in cpu:
+            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.1f}x" in other
+            assert f"/ {mb['peer']} MB" in peak
+
+
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])
 def test_every_link_of_a_readme_leads_somewhere(name):
     findings()

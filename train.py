@@ -2516,9 +2516,9 @@ def check(c):
         return c
     if min(c.lengths or [1]) < 1:
         refuse("lengths", "each must be at least 1")
-    if kind not in ("cpu", "cuda") or world() > 1 or c.evaluate or c.resume:
-        refuse("bench", "it runs on cpu or cuda, in one process, and on a new model; leave out "
-               "torchrun, --evaluate, --resume and another --device")
+    if kind not in ("cpu", "cuda") or world() > 1:
+        refuse("bench", "it runs on cpu or cuda, in one process; leave out torchrun and another "
+               "--device")
     return c
 
 
