@@ -734,9 +734,13 @@ def test_pgd_and_fgsm_reach_the_closed_form_optimum_of_a_linear_model(script):
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_eps_0_an_attack_returns_the_image_exactly(script, attack, dtype):
-    x = images()[0].to(dtype)
-    assert torch.equal(run(script, attack, linear(3).to(dtype), x, images()[1], eps=0.0), x)
+def test_with_eps_0_an_attack_returns_the_image_exactly_and_no_images_ask_nothing(
+        script, attack, dtype):
+    (x, y), spy = images(), Spy(linear(3).to(dtype))
+    x = x.to(dtype)
+    assert torch.equal(run(script, attack, spy, x, y, eps=0.0), x)
+    spy.fed.clear()
+    assert run(script, attack, spy, x[:0], y[:0]).shape == x[:0].shape and spy.fed == []
 
 
 def test_an_attack_takes_one_gradient_per_step_in_eval_mode(script, attack):
