@@ -126,12 +126,13 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def run(u, K_hat):
-        L, ys = u.shape[1], []
+        L, y, rows = u.shape[1], u.new_empty(u.shape[0] * u.shape[1], u.shape[2]), 0
         for u_n, in Convolution.parts(u):
             y_hat = torch.fft.rfft(u_n, 2 * L).mul_(K_hat[:, None])         # (H, n, L+1)
-            y = torch.fft.irfft(y_hat, 2 * L)[..., :L]                      # (H, n, L)
-            ys.append(y.flatten(1).T.contiguous())                          # (n L, H)
-        return torch.cat(ys).view(u.shape)
+            y_n = torch.fft.irfft(y_hat, 2 * L)[..., :L].flatten(1)         # (H, n L)
+            y[rows:rows + y_n.shape[1]] = y_n.T
+            rows += y_n.shape[1]
+        return y.view(u.shape)
 
     @staticmethod
     def forward(ctx, u, K_hat):

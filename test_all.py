@@ -215,6 +215,7 @@ def test_convolution_is_recurrence_in_value_and_gradient(kind, L, at_a_time, mon
     close(layer(u), layer.recurrence(u))
     same_gradients(layer(u), layer.recurrence(u), [u, *layer.parameters()])
     same_gradients(layer(u), layer.recurrence(u), [u])                  # an attack
+    close(layer(u.mT.contiguous().mT), layer.recurrence(u))             # channels before time
     assert torch.equal(u, before)
 
 
