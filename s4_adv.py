@@ -109,10 +109,11 @@ def cauchy(w, lam, s, c):
 class Convolution(torch.autograd.Function):
     """y_t = sum_s K_s u_{t-s} by FFT of length 2L, so that nothing wraps around.
 
-    u (B, L, H), K_hat (H, L+1) = rfft(K, 2L)                                   returns y (B, L, H)
-    Backward: a convolution's gradient is a correlation, the same map with K_hat conjugated. It is
-    written out since autograd takes complex FFTs of full length where real ones do; autograd can
-    follow it, for second derivatives.
+    u (B, L, H), K_hat (H, L+1) = rfft(K, 2L) / 2L                              returns y (B, L, H)
+    The 1/2L of the inverse FFT is in K_hat: one pass over y less. Backward: a convolution's
+    gradient is a correlation, the same map with K_hat conjugated. It is written out since autograd
+    takes complex FFTs of full length where real ones do; autograd can follow it, for second
+    derivatives.
     """
     SIZE = 2 ** 19                                  # numbers at a time: what a CPU's cache holds
 
@@ -125,11 +126,20 @@ class Convolution(torch.autograd.Function):
             yield [v.T.contiguous().unflatten(1, (-1, L)) for v in part]
 
     @staticmethod
+    def whole(u, K_hat):
+        """All images at once, as it is written: on a GPU what counts is how often memory moves."""
+        L = u.shape[1]
+        y_hat = torch.fft.rfft(u.mT, 2 * L).mul_(K_hat)                     # (B, H, L+1)
+        return torch.fft.irfft(y_hat, 2 * L, norm="forward")[..., :L].mT.contiguous()
+
+    @staticmethod
     def run(u, K_hat):
+        if u.is_cuda:
+            return Convolution.whole(u, K_hat)
         L, y, rows = u.shape[1], u.new_empty(u.shape[0] * u.shape[1], u.shape[2]), 0
         for u_n, in Convolution.parts(u):
             y_hat = torch.fft.rfft(u_n, 2 * L).mul_(K_hat[:, None])         # (H, n, L+1)
-            y_n = torch.fft.irfft(y_hat, 2 * L)[..., :L].flatten(1)         # (H, n L)
+            y_n = torch.fft.irfft(y_hat, 2 * L, norm="forward")[..., :L].flatten(1)     # (H, n L)
             y[rows:rows + y_n.shape[1]] = y_n.T
             rows += y_n.shape[1]
         return y.view(u.shape)
@@ -147,7 +157,7 @@ class Convolution(torch.autograd.Function):
             dK_hat = torch.zeros_like(K_hat)
             for part in Convolution.parts(u, g):
                 u_hat, g_hat = (torch.fft.rfft(v, 2 * L) for v in part)     # (H, n, L+1)
-                dK_hat += (u_hat.conj() * g_hat).sum(1) / L                 # irfft counts the inner
+                dK_hat += 2 * (u_hat.conj() * g_hat).sum(1)                 # irfft counts the inner
             dK_hat[:, [0, -1]] /= 2                                         # frequencies twice
         return Convolution.run(g, K_hat.conj().resolve_conj()), dK_hat
 
@@ -155,7 +165,7 @@ class Convolution(torch.autograd.Function):
 def convolve(ssm, u):
     """y (B, L, H) = kernel(L) of the ssm * u (B, L, H); within `frozen` the kernel is kept."""
     L = u.shape[1]
-    K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L))      # (H, L+1)
+    K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L, norm="forward"))  # (H, L+1)
     return Convolution.apply(u.to(K_hat.real.dtype), K_hat)
 
 

@@ -219,6 +219,19 @@ def test_convolution_is_recurrence_in_value_and_gradient(kind, L, at_a_time, mon
     assert torch.equal(u, before)
 
 
+@pytest.mark.parametrize("kind", ("s4", "dss"))
+def test_the_convolution_of_a_gpu_is_that_of_a_cpu(kind, L, monkeypatch):
+    layer, u = scrambled(MAPS[kind](6, 4)), randn(3, L, 6).requires_grad_()
+    wanted = [u, *layer.parameters()]
+    with monkeypatch.context() as m:
+        m.setattr(s4_adv.Convolution, "run", s4_adv.Convolution.whole)
+        y = layer(u)
+        assert y.is_contiguous()
+        same_gradients(y, layer.recurrence(u), wanted)
+        assert torch.autograd.gradgradcheck(layer, u, fast_mode=True)
+    close(y, layer(u))
+
+
 def test_the_kernel_is_the_impulse_response_of_the_recurrence(kind, L):
     layer, t = scrambled(MAPS[kind](6, 4)), L // 2 if kind == "ema" else 0
     u = torch.zeros(6, L, 6, dtype=torch.float64)

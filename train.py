@@ -1662,7 +1662,8 @@ def plain_convolution(u, K_hat):
     """s4_adv.Convolution, left to autograd."""
     L = u.shape[1]
     u_hat = torch.fft.rfft(u.transpose(1, 2), 2 * L)                        # (B, H, L+1)
-    return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].transpose(1, 2)   # (B, L, H)
+    y = torch.fft.irfft(u_hat * K_hat, 2 * L, norm="forward")               # (B, H, 2L)
+    return y[..., :L].transpose(1, 2)                                       # (B, L, H)
 
 
 def plain_scan(a, b):
