@@ -204,6 +204,20 @@ def test_the_names_that_coursework_copies_keep_their_arguments(script):
         "in_channels n_classes d_model d_state n_layers patch_size ads".split())
 
 
+def test_a_script_draws_its_digits_where_mnist_is_absent_or_damaged(script, tmp_path, capsys):
+    for state in "absent", "damaged":
+        if state == "damaged":
+            (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+            for name in ("train", "t10k"):
+                for kind in ("images-idx3", "labels-idx1"):
+                    (tmp_path / "MNIST" / "raw" / f"{name}-{kind}-ubyte").write_bytes(b"x" * 99)
+        script.demo(lambda ads: script.Classifier(1, 10, 4, 2, n_layers=1, patch_size=14, ads=ads,
+                                                  **({"d_hidden": 4, "max_len": 4}
+                                                     if script is attention_adv else {})),
+                    tmp_path, 1, 8, 8, 4)
+        assert f"drawn digits (no MNIST that reads in {tmp_path})" in capsys.readouterr().out
+
+
 # ---- Fixed-parameter maps (S4, DSS, S5, the moving average of Mega): one system, two forms -------
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 1000])
@@ -1081,6 +1095,10 @@ def test_the_last_1000_training_images_are_held_out_and_sizes_take_the_first(mon
         assert all(torch.equal(a, b[:n]) for a, b in zip(part[kind], whole[kind]))
     both = torch.cat([whole["train"][0], whole["val"][0]])
     assert torch.equal(both, s4_adv.drawn_digits(11_000, 0)[0])
+    few = torch.zeros(1000, 3, 64, 64, dtype=torch.uint8), torch.zeros(1000, dtype=torch.long)
+    monkeypatch.setattr(train, "tiny_imagenet", lambda *args: (*few, *few))
+    with pytest.raises(train.UserError, match="--classes 2: they have 1,000 training images, and"):
+        train.load_data(settings("--dataset", "tiny-imagenet", "--out", "x", "--classes", "2"))
 
 
 @pytest.mark.parametrize(
@@ -1369,6 +1387,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_dropped_and_counted(
     n[0] = 0
     assert trains(tmp_path / "skip", *TINY, "--nan", "skip") == 0
     assert [row.split(",")[-1] for row in log(tmp_path / "skip")] == ["skipped", "1"]
+    rows = [row.split(",") for row in log(tmp_path / "skip")]
+    assert 2.0 < float(rows[1][rows[0].index("loss")]) < 2.7            # the mean of what counted
     assert all(v.isfinite().all() for v in weights(tmp_path / "skip").values())
 
 
@@ -1423,6 +1443,11 @@ def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(t
     assert with_aa[4].split(" | ")[-2] == (
         f"{100 * rows[-1]['accuracy']:.1f}, n 6: [1]({tmp_path}/b/best-evaluation.json)")
     assert with_aa[5].split(" | ")[-2] == ""
+    for accuracy in 0.0, 1.0:                                           # of two seeds the worse
+        kept = json.loads((tmp_path / "b" / "best-evaluation.json").read_text())
+        kept["rows"].append(kept["rows"][-1] | {"seed": accuracy, "accuracy": accuracy})
+        (tmp_path / "b" / "best-evaluation.json").write_text(json.dumps(kept))
+    assert train.main(table) == 0 and " | 0.0, n 6: [1](" in capsys.readouterr().out
     path = tmp_path / "b" / "best-evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epoch": 77}))   # of an older Best
     assert train.main(table) == 0 and "aa" not in capsys.readouterr().out
@@ -1447,6 +1472,11 @@ def test_a_table_keeps_experiments_apart_and_counts_no_run_twice(tmp_path, capsy
     assert lines[0][:5] == ["| model", "method", "lr", "beta", "seeds"]
     assert [line[2:4] for line in lines[2:]] == [
         ["0.001", ""], ["0.002", ""], ["0.003", "2.0"], ["0.003", "3.0"]]
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    result["config"]["classes"] = 7                                     # another task, no seed of c
+    (tmp_path / "a" / "result.json").write_text(json.dumps(result))
+    assert train.main(["--table", a, c]) == 0
+    assert "| model | classes | seeds |" in capsys.readouterr().out
     for words in ([a, a], [a, f"{a}/../a"]):
         assert train.main(["--table", *words]) == 2
         assert "has the same settings and seed; give one" in capsys.readouterr().err
@@ -1465,9 +1495,21 @@ def test_an_evaluation_keeps_what_was_measured_of_the_same_weights(tmp_path, mon
     rows = json.loads((path / "last-evaluation.json").read_text())["rows"]      # of a folder: last
     assert [(r["attack"], r["n"]) for r in rows] == [
         ("clean", 9), ("fgsm", 8), ("pgd-2", 9), ("fgsm", 9)]
+    for source in "10":                                                 # its rows are its own
+        assert train.main(["--evaluate", str(path), "--attacks", "fgsm", "--test-size", "9",
+                           "--transfer-from", str(tmp_path / f"run{source}.x" / "last.pt")]) == 0
+    kept = json.loads((path / "last-evaluation.json").read_text())
+    moved = [r for r in kept["rows"] if r["attack"].startswith("transfer: ")]
+    assert [r["attack"] for r in moved] == 2 * ["transfer: pgd-10", "transfer: fgsm"]
+    assert len(kept["rows"]) == 4 + 4 and len({r["source"] for r in moved}) == 2
+    kept["checks"] = [{"passed": False}]                                # of an earlier --checks
+    (path / "last-evaluation.json").write_text(json.dumps(kept))
+    assert train.main(["--evaluate", str(path), "--attacks", "clean", "--test-size", "9"]) == 0
+    assert json.loads((path / "last-evaluation.json").read_text())["checks"] == [{"passed": False}]
     (tmp_path / "run1.x" / "last.pt").replace(path / "last.pt")
     assert train.main(["--evaluate", str(path), "--attacks", "clean", "--test-size", "9"]) == 0
-    assert len(json.loads((path / "last-evaluation.json").read_text())["rows"]) == 1
+    kept = json.loads((path / "last-evaluation.json").read_text())
+    assert len(kept["rows"]) == 1 and kept["checks"] == []
 
     monkeypatch.setattr(train, "total", lambda values, device: values)
     monkeypatch.setattr(train, "world", lambda: 2)                          # more than images
@@ -1602,7 +1644,7 @@ def test_a_full_disk_stops_the_run_and_damages_nothing(tmp_path):
     process = alone("-c", full, *words, "--out", tmp_path / "full")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in err, err
-    assert err.startswith("train.py: cannot write") and "make room, and go on with --resume" in err
+    assert err.startswith("train.py: cannot write") and "goes on with --resume" in err
     assert len(log(tmp_path / "full")) == 1 + 1 and not list((tmp_path / "full").glob("*.part"))
     assert train.main(["--resume", str(tmp_path / "full")]) == 0
     assert train.main([*words, "--out", str(tmp_path / "whole")]) == 0
@@ -2220,6 +2262,11 @@ BAD = {
     "--evaluate EMPTY": "--evaluate EMPTY: there is no checkpoint in that folder",
     "--eps 1e400": "1e400 is no number; write it as 8/255 or 0.031",
     "--attacks pgd-\u00b2": "--attacks pgd-\u00b2: no such attack",
+    "--yopo 3-5": "--yopo has no place without --method yopo",
+    "--replays 2 --method yopo": "--replays has no place without --method free",
+    "--beta 2": "--beta has no place without --method trades",
+    "--d-hidden 5 --ads": "--d-hidden has no place without --model attention",
+    "--evaluate FILE --out EMPTY": "--out EMPTY: tables lie beside the checkpoint",
     "--device meta": "--device meta: there is no such device here",
     "--out OTHER/hollow --resume": "there is no checkpoint, and config.json is damaged",
     "--resume EMPTY --out OTHER": "--out OTHER: a run goes on in its own folder, EMPTY; leave",
@@ -2857,6 +2904,15 @@ def test_whatever_trained_a_model_evaluation_is_float32_without_tf32(tmp_path, m
         assert all(f.allow_tf32 for f in flags)
         raise ZeroDivisionError
     assert not any(f.allow_tf32 for f in flags)
+    state = torch.load(out / "last.pt", weights_only=True)                  # trained elsewhere
+    state["config"]["precision"] = "tf32"
+    for file in out.glob("*.pt"):
+        torch.save(state, file)
+    words = ["--evaluate", str(out / "last.pt"), "--device", "cpu"]
+    assert train.main(words) == 0 and train.main([*words, "--precision", "tf32"]) == 2
+    assert "--precision tf32: cpu has none" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), "--device", "cpu"]) == 2
+    assert "the run's precision is tf32, which cpu has not; go on where" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", {
@@ -3102,6 +3158,14 @@ def test_sweeps_are_rows_at_their_radius_and_steps_and_equal_single_evaluations(
     assert report(checkpoint)["rows"][0]["accuracy"] == rows[3]["accuracy"]
 
 
+def test_eps_alone_takes_the_step_along(trained):
+    for words, alpha in ((("--eps", "64/255"), 16), (("--eps", "64/255", "--alpha", "1/255"), 1),
+                         (("--alpha", "1/255"), 1), ((), 2)):
+        for job in (["--evaluate", str(trained[0])], ["--dataset", "synthetic", "--out", "new"]):
+            c = settings(*job, *words)
+            assert math.isclose(255 * c.alpha, alpha), (job, words)
+
+
 def test_without_attacks_only_what_is_asked_for_is_measured(trained):
     assert evaluates(trained[0], "--steps-sweep", "1") == 0
     assert [r["attack"] for r in report(trained[0], "steps-sweep")["rows"]] == ["pgd-1"]
@@ -3149,6 +3213,8 @@ def test_a_cut_evaluation_goes_on_and_ends_like_one_that_was_not_cut(trained, mo
     for at in (2, 5, 12):                                               # 3 batches, 4 attacks
         calls.clear()
         assert evaluates(checkpoint, *words) == 130
+        assert evaluates(checkpoint, "--attacks", "clean") == 0         # another leaves it alone
+        del calls[at:]
         part, = checkpoint.parent.glob("*.part")
         part.write_bytes(part.read_bytes() + b'\n["half a li')
         done = at - 1

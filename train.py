@@ -75,6 +75,11 @@ HELD_OUT = 1000                                 # training images that choose Be
 STATES = {"mamba": 16, "attention": 16}                              # d_state whatever the data set
 # What may change on --resume, and what else on --evaluate.
 FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
+# What these flags are about: without it they would be ignored, but in jobs that say it themselves.
+PLACES = {"yopo": ("method", "yopo", {"resume", "evaluate", "analyse"}),
+          "replays": ("method", "free", {"resume", "evaluate", "analyse"}),
+          "beta": ("method", "trades", {"resume", "evaluate", "analyse", "bench"}),
+          "d_hidden": ("model", "attention", {"resume", "evaluate", "analyse"})}
 JOBS = ("checks", "eps_sweep", "steps_sweep", "transfer_from", "images")      # beside --attacks
 EVALUATION = ("evaluate", "analyse", "eps", "alpha", "test_size", "batch_size", "seed", "precision",
               *JOBS)
@@ -106,6 +111,9 @@ def load_data(c):
         x, y, x_test, y_test = torchvision_data(c.dataset, c.data_dir)
     if first and dist.is_initialized():
         dist.barrier()
+    if len(x) <= HELD_OUT:
+        raise UserError(f"--classes {c.classes}: they have {len(x):,} training images, and "
+                        f"{HELD_OUT:,} are held out to choose Best; give more classes")
     sets = {"train": (x[:-HELD_OUT], y[:-HELD_OUT]), "val": (x[-HELD_OUT:], y[-HELD_OUT:]),
             "test": (x_test, y_test)}
     for name, size in (("train", c.train_size), ("test", c.test_size)):
@@ -621,8 +629,8 @@ def write(path, content):
     except OSError as e:
         with suppress(OSError):
             part.unlink()
-        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: "
-                        "make room, and go on with --resume") from e
+        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: make "
+                        "room, or choose another folder; a run goes on with --resume") from e
 
 
 def save(run):
@@ -732,7 +740,8 @@ def largest_activation(model, x):
 
 
 def descend(run, backward, x, n):
-    """One optimiser step on the gradient that backward() leaves. Returns the loss summed over x.
+    """One optimiser step on the gradient that backward() leaves. Returns the loss summed over x and
+    how many images that are: none where the step was skipped.
 
     n  int  images of the whole batch, of which x is this process's part.  Blowup if not finite.
     """
@@ -751,13 +760,13 @@ def descend(run, backward, x, n):
         if run.c.nan == "stop":
             raise Blowup
         run.skipped += 1
-        return 0.0
+        return 0.0, 0
     run.optimizer.step()
-    return loss * len(x)
+    return loss * len(x), len(x)
 
 
 def train_batch(run, x, y, n):
-    """All optimiser steps on one batch: one, or as many as FreeAT has replays."""
+    """All optimiser steps on one batch: one, or FreeAT's replays. Returns descend's (or means)."""
     c, at = run.c, (run.epoch + run.batch / run.batches) * replays(run.c)
     ramp = min(1.0, at / c.eps_warmup) if c.eps_warmup else 1.0
     eps, alpha = ramp * c.eps, ramp * c.alpha
@@ -772,7 +781,8 @@ def train_batch(run, x, y, n):
     if c.method != "free":
         return descend(run, backward, x, n)
     noise = run.noise[rank()::world()][:len(x)]                          # a view: replays change it
-    return sum(descend(run, backward, x, n) for _ in range(c.replays)) / c.replays
+    sums = zip(*(descend(run, backward, x, n) for _ in range(c.replays)))
+    return [sum(values) / c.replays for values in sums]
 
 
 def total(values, device):
@@ -803,7 +813,7 @@ def train_epoch(run, images, labels):
         x = x.to(next(run.model.parameters()).dtype) / 255
         torch.manual_seed(seed_of(c.seed, "attack", run.epoch, run.batch, rank()))
         try:
-            run.loss += train_batch(run, x, y, len(i))
+            loss, seen = train_batch(run, x, y, len(i))
         except Blowup:
             layer, size = largest_activation(run.model, x)
             raise UserError(
@@ -811,7 +821,7 @@ def train_epoch(run, images, labels):
                 f"the largest activation is {size:.3g}, in {layer}; the last checkpoint is "
                 f"{Path(c.out) / 'last.pt'}: try a smaller --lr, or --resume with --nan skip, "
                 "which drops such steps") from None
-        run.seen, run.batch = run.seen + len(x), run.batch + 1
+        run.loss, run.seen, run.batch = run.loss + loss, run.seen + seen, run.batch + 1
         run.seconds = time.monotonic() - start
         progress(run, len(batches))
         stop, due = run.flags
@@ -976,7 +986,7 @@ def finish(run, data):
 # What makes two runs different experiments though the columns of a table, those of results_table,
 # are the same: then it gets a column more.
 SHAPES = {"all": ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
-                  "eps_warmup", "precision"),
+                  "eps_warmup", "precision", "classes"),
           "trades": ("beta",), "free": ("replays",), "yopo": ("yopo",), "attention": ("d_hidden",)}
 
 
@@ -1034,7 +1044,8 @@ def results_table(folders):
 
 def read_result(folder):
     """result.json of a finished run, and under "aa" its best.pt's (per cent, n) under AutoAttack
-    at the run's eps, of the largest n, from what --evaluate left in the folder, or None."""
+    at the run's eps, of the largest n, the worst of several seeds, from what --evaluate left in
+    the folder, or None."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
         c, best = result["config"], result["Best"]["epoch"]
@@ -1053,7 +1064,8 @@ def read_result(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--table {folder}: its best-evaluation.json is damaged; evaluate best.pt "
                         "again, or remove the file") from None
-    return result | {"aa": max(found)[::-1] if found else None}
+    most = max((n for n, _ in found), default=None)
+    return result | {"aa": min((v, n) for n, v in found if n == most) if found else None}
 
 
 def links(runs, *files):
@@ -1240,7 +1252,8 @@ def evaluate_checkpoint(c, state):
     images, labels = load_data(c)["test"]
     code = [Path(file).read_bytes() for file in (__file__, SCRIPTS[c.model].__file__)]
     key = digest(images, labels, *state["model"].values(), code, c.seed, c.batch_size, c.precision,
-                 c.device, world(), torch.__version__)
+                 c.device, world(), torch.__version__, c.eps, c.alpha, c.attacks, c.eps_sweep,
+                 c.steps_sweep, c.transfer_from)
     kept = Kept(stem.with_name(f"{stem.name}-{key}-{rank()}.part"))
     say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {show(c.eps)}, "
         f"alpha {show(c.alpha)}, seed {c.seed}")
@@ -1252,12 +1265,13 @@ def evaluate_checkpoint(c, state):
         job = "evaluation" if c.attacks else "-".join(job for job in JOBS if getattr(c, job))
         name, weights = stem.with_name(f"{stem.name}-{job.replace('_', '-')}"), digest(
             *state["model"].values())
-        rows = earlier_rows(name.with_name(name.name + ".json"), weights, rows) + rows
+        other_rows, other_checks = earlier(name.with_name(name.name + ".json"), weights, rows)
+        rows = other_rows + rows
         if rows:
             write_csv(name.with_name(name.name + ".csv"), rows)
         write(name.with_name(name.name + ".json"),
               json.dumps({"checkpoint": stem.name + ".pt", "epoch": state["epoch"],
-                          "weights": weights, "rows": rows, "checks": checked,
+                          "weights": weights, "rows": rows, "checks": checked or other_checks,
                           "config": vars(c), **machine(c)}, indent=1))
     kept.path.unlink(missing_ok=True)
     return int(not all(check["passed"] for check in checked))
@@ -1269,16 +1283,19 @@ def stem_of(checkpoint):
     return path / "last" if path.is_dir() else path.with_suffix("")
 
 
-def earlier_rows(file, weights, rows):
-    """The rows of a table on the same weights that are not measured again by these."""
+def earlier(file, weights, rows):
+    """The rows of a table on the same weights that are not measured again by these; its checks."""
     def what(row):
-        return [row[k] for k in ("attack", "eps", "alpha", "n", "seed")]
+        return [row.get(k, "") for k in ("attack", "eps", "alpha", "n", "seed", "source")]
     try:
         found, again = json.loads(file.read_text()), [what(row) for row in rows]
-        return [row for row in found["rows"] if found["weights"] == weights
-                and row.keys() == rows[0].keys() and what(row) not in again]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return []
+        if found["weights"] != weights:
+            return [], []
+        before = [row | {"source": row.get("source", "")} for row in found["rows"]]
+        return [row for row in before if what(row) not in again and (
+            not rows or row.keys() == rows[0].keys())], found["checks"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], []
 
 
 def load_model(c, state):
@@ -1332,7 +1349,8 @@ def table(model, images, labels, lines, kept, source=None, place="evaluate"):
             (low, high), seconds = interval(right, r["n"]), None if stage else r["seconds"]
             rows.append({"attack": ("transfer: " if source else "") + spec + stage,
                          "accuracy": right / r["n"], "low": low, "high": high, "n": r["n"],
-                         "seconds": seconds, "eps": c.eps, "alpha": c.alpha, "seed": c.seed})
+                         "seconds": seconds, "eps": c.eps, "alpha": c.alpha, "seed": c.seed,
+                         "source": place[1] if source else ""})
             say(f"{label + stage:24} {right / r['n']:9.2%}  {low:7.2%} - {high:.2%}  {r['n']:7,}"
                 + ("" if stage else f"  {seconds:8.1f}"))
     return rows
@@ -2128,16 +2146,19 @@ def analyse(c, state):
     In float64, on the first --test-size images, test and training. start: the weights at
     initialisation, which follow from the seed, on the test images.
     """
-    start, data, rows, n = build(c).double(), load_data(c), [], c.test_size
+    start, data, rows = build(c).double(), load_data(c), []
+    data = {name: [v[:c.test_size] for v in data[name]] for name in ("test", "train")}
+    sizes = {name: len(y) for name, (_, y) in data.items()}
     jobs = [("test", start), ("train", start)]
     if state:
         model = build(c).double()
         model.load_state_dict(state["model"])
         jobs = [("start", start), ("test", model), ("train", model)]
+    n = " and ".join(map(str, dict.fromkeys(sizes.values())))              # test, training
     say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {n} images, "
         f"eps {show(c.eps)}, seed {c.seed}")
     for on, model in jobs:
-        x, y = (v[:n] for v in data["train" if on == "train" else "test"])
+        x, y = data["train" if on == "train" else "test"]
         x = x.double() / 255
         torch.manual_seed(seed_of(c.seed, "analysis", on))
         with frozen(model):
@@ -2163,7 +2184,8 @@ def analyse(c, state):
         stem = stem_of(c.analyse).name + "-analysis" if state else "analysis"
         write_csv(out / f"{stem}.csv", rows)
         write(out / f"{stem}.json", json.dumps(
-            {"n": n, "rows": rows, "config": vars(c), **machine(c)}, indent=1))
+            {"n": sizes["test"], "n_train": sizes["train"], "rows": rows, "config": vars(c),
+             **machine(c)}, indent=1))
         try:
             draw_changes(out / f"{stem}.png",
                          [r for r in rows if r["statement"].startswith("change")])
@@ -2289,7 +2311,8 @@ def parser():
     flag("--method", default="pgd", choices=METHODS, help="training method")
     flag("--eps", "--epsilon", type=fraction, shown=by,
          help="radius eps of the l_inf ball, pixel units in [0, 1], 8/255")
-    flag("--alpha", "--step-size", type=fraction, help="attack step alpha, pixel units", shown=by)
+    flag("--alpha", "--step-size", type=fraction, shown=by + ", in proportion to --eps",
+         help="attack step alpha, pixel units")
     flag("--steps", "--num-steps", type=int, metavar="K", help="attack steps in training", shown=by)
     flag("--beta", type=float, help="TRADES: weight of the robust term, no unit", shown=by)
     flag("--replays", type=int, default=4, metavar="M",
@@ -2380,8 +2403,13 @@ def settings(argv):
         raise UserError(f"--{jobs[0]} and --{jobs[1]} are two jobs; give one of them")
     if other := [k for k in ("lengths", "forms") if k in given and "bench" not in given]:
         raise UserError(f"--{other[0]} has no place without --bench; add it, or leave this out")
-    chosen = defaults | PRESETS[given.get("dataset", "cifar10")] | given
-    c = SimpleNamespace(**chosen)
+    for flag, (of, owner, jobs) in PLACES.items():
+        if flag in given and given.get(of, defaults[of]) != owner and not jobs & given.keys():
+            raise UserError(f"--{flag.replace('_', '-')} has no place without --{of} {owner}; add "
+                            "it, or leave this out")
+    preset = SimpleNamespace(**defaults | PRESETS[given.get("dataset", "cifar10")])
+    c = at_radius(preset, given["eps"]) if "eps" in given else preset
+    c = SimpleNamespace(**vars(c) | given)
     states = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
     c.d_state = given.get("d_state", states)
     c.eps_warmup = c.eps_warmup or 0.0
@@ -2398,6 +2426,9 @@ def settings(argv):
     path, flag, state, free = c.resume, "--resume", None, FREE
     if c.evaluate:
         path, flag, free = c.evaluate, "--evaluate", FREE + EVALUATION
+        if "out" in given:
+            raise UserError(f"--out {c.out}: tables lie beside the checkpoint that --evaluate is "
+                            "given; leave it out, or evaluate a copy elsewhere")
     if c.analyse:
         path, flag, free = c.analyse, "--analyse", FREE + EVALUATION
         path, c.test_size = None if path is True else path, given.get("test_size", 100)
@@ -2411,7 +2442,8 @@ def settings(argv):
                             f"out, or copy that folder and --resume the copy")
     c.out = c.out or "runs/" + "-".join(filter(None, (
         c.bench and "bench", c.dataset, c.model, c.ads and f"ads_{c.ads}", c.control, c.method,
-        f"seed{c.seed}")))
+        f"seed{c.seed}", c.bench and f"{c.n_layers}x{c.d_model}-batch{c.batch_size}",
+        c.lengths and "-".join(["L", *map(str, c.lengths)]))))
     if path:
         path = path if isinstance(path, str) else c.out
         file = Path(path).is_file()
@@ -2428,7 +2460,7 @@ def settings(argv):
                 raise UserError(f"--resume {path}: there is no checkpoint, and config.json is "
                                 "damaged; start again with another --out") from None
             config = {"config": {k: config[k] for k in vars(c) if k in config}}
-            return check(restored(c, given, config, path, free)), None
+            return check(restored(c, given, config, path, free), given), None
         if state is None and isinstance(c.resume, str):
             raise UserError(f"--resume {path}: there is no run in this folder; leave the flag out "
                             "to begin one")
@@ -2439,7 +2471,7 @@ def settings(argv):
     c = restored(c, given, state, path, free) if state else c
     if "attacks" not in given and c.evaluate and any(getattr(c, job) for job in JOBS):
         c.attacks = []
-    return check(c), state
+    return check(c, given), state
 
 
 def restored(c, given, state, path, free):
@@ -2451,8 +2483,9 @@ def restored(c, given, state, path, free):
                             f"trained with {config[k]}; leave the flag out, or choose another run")
     own = ("device", "resume", "evaluate", "analyse", "out")
     own += ("test_size",) * bool(c.evaluate or c.analyse)
-    kept = {k: v for k, v in config.items() if k not in own}
-    return SimpleNamespace(**{**vars(c), **kept, **{k: given[k] for k in free if k in given}})
+    c = SimpleNamespace(**vars(c) | {k: v for k, v in config.items() if k not in own})
+    c = at_radius(c, given["eps"]) if "eps" in given and "eps" in free else c
+    return SimpleNamespace(**vars(c) | {k: given[k] for k in free if k in given})
 
 
 def has(c, precision):
@@ -2462,8 +2495,8 @@ def has(c, precision):
     return ampere or precision in ("fp32", "fp64") or (precision, kind) == ("bf16", "cpu")
 
 
-def check(c):
-    """c, if it can be run.  UserError for the first thing that cannot."""
+def check(c, given):
+    """c, if it can be run.  UserError for the first thing that cannot.   given: the user's flags"""
     def refuse(name, why):
         value = getattr(c, name)
         raise UserError(f"--{name.replace('_', '-')} {value}: {why}")
@@ -2510,6 +2543,11 @@ def check(c):
     if c.micro_batch and c.method in ("free", "yopo"):
         refuse("micro_batch", f"--method {c.method} takes a batch at once; leave it out")
     kind = torch.device(c.device).type
+    if (c.evaluate or c.analyse) and "precision" not in given and not has(c, c.precision):
+        c.precision = "fp32"                                                # the run's, elsewhere
+    if c.resume and "precision" not in given and not has(c, c.precision):
+        refuse("resume", f"the run's precision is {c.precision}, which {c.device} has not; go on "
+               "where it began, or begin another run")
     if not has(c, c.precision):
         refuse("precision", f"{c.device} has none; use a GPU of compute capability 8.0 or above, "
                "or leave it out" + " (bf16 runs on a CPU, too)" * (kind == "cpu"))
