@@ -1123,6 +1123,7 @@ def test_real_images_are_whole_upright_and_in_the_published_mean(dataset, folder
 
 
 @needs("tiny-imagenet-200")
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 def test_tiny_imagenet_is_decoded_once_into_a_cache_outside_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("SSM_ADV_CACHE", str(tmp_path))
     x, y, x_test, y_test = train.tiny_imagenet(DATA / "tiny-imagenet-200", 2)
