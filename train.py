@@ -75,11 +75,6 @@ HELD_OUT = 1000                                 # training images that choose Be
 STATES = {"mamba": 16, "attention": 16}                              # d_state whatever the data set
 # What may change on --resume, and what else on --evaluate.
 FREE = ("data_dir", "device", "out", "resume", "save_every", "attacks", "nan")
-# What these flags are about: without it they would be ignored, but in jobs that say it themselves.
-PLACES = {"yopo": ("method", "yopo", {"resume", "evaluate", "analyse"}),
-          "replays": ("method", "free", {"resume", "evaluate", "analyse"}),
-          "beta": ("method", "trades", {"resume", "evaluate", "analyse", "bench"}),
-          "d_hidden": ("model", "attention", {"resume", "evaluate", "analyse"})}
 JOBS = ("checks", "eps_sweep", "steps_sweep", "transfer_from", "images")      # beside --attacks
 EVALUATION = ("evaluate", "analyse", "eps", "alpha", "test_size", "batch_size", "seed", "precision",
               *JOBS)
@@ -2403,10 +2398,6 @@ def settings(argv):
         raise UserError(f"--{jobs[0]} and --{jobs[1]} are two jobs; give one of them")
     if other := [k for k in ("lengths", "forms") if k in given and "bench" not in given]:
         raise UserError(f"--{other[0]} has no place without --bench; add it, or leave this out")
-    for flag, (of, owner, jobs) in PLACES.items():
-        if flag in given and given.get(of, defaults[of]) != owner and not jobs & given.keys():
-            raise UserError(f"--{flag.replace('_', '-')} has no place without --{of} {owner}; add "
-                            "it, or leave this out")
     preset = SimpleNamespace(**defaults | PRESETS[given.get("dataset", "cifar10")])
     c = at_radius(preset, given["eps"]) if "eps" in given else preset
     c = SimpleNamespace(**vars(c) | given)
