@@ -768,7 +768,7 @@ def demo(classifier, data_dir, epochs, n_train, n_test=1000, batch=64):
         sets = [MNIST(data_dir, train=train, download=False) for train in (True, False)]
         sets = [(s.data[:, None], s.targets) for s in sets]
     except Exception:                               # none there, damaged, or no torchvision
-        eps, alpha, name = 8 / 255, 2 / 255, f"drawn digits (no MNIST that reads in {data_dir})"
+        eps, alpha, name = 8 / 255, 2 / 255, f"drawn digits (no readable MNIST in {data_dir})"
         sets = [drawn_digits(n_train, 0), drawn_digits(n_test, 1)]
     (x, y), (x_test, y_test) = ((x[:n] / 255, y[:n]) for (x, y), n in zip(sets, (n_train, n_test)))
     print(f"{name}: {len(x)} training and {len(x_test)} test images, PGD-AT, eps {eps:.3f}")

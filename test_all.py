@@ -215,7 +215,7 @@ def test_a_script_draws_its_digits_where_mnist_is_absent_or_damaged(script, tmp_
                                                   **({"d_hidden": 4, "max_len": 4}
                                                      if script is attention_adv else {})),
                     tmp_path, 1, 8, 8, 4)
-        assert f"drawn digits (no MNIST that reads in {tmp_path})" in capsys.readouterr().out
+        assert f"drawn digits (no readable MNIST in {tmp_path})" in capsys.readouterr().out
 
 
 # ---- Fixed-parameter maps (S4, DSS, S5, the moving average of Mega): one system, two forms -------
