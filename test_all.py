@@ -1257,7 +1257,7 @@ def test_every_model_trains_two_steps_by_every_method_with_and_without_ads(
     data = (
         ["--dataset", "mnist", "--data-dir", str(DATA)]
         if DATA and (DATA / "MNIST").exists()
-        else []
+        else ["--dataset", "synthetic"]
     )
     before = weights_at_start(name, method, ads_given, data)
     assert (
