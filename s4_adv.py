@@ -7,9 +7,9 @@
     MNIST: 6000 training and 1000 test images, PGD-AT, eps 0.100
                  parameters   clean   PGD-10
     without AdS      19,210   47.7%   30.6%
-    with AdS         35,850   85.2%   63.4%
+    with AdS         35,850   84.9%   63.2%
 
-105 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits S4 without AdS stays near
+77 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits S4 without AdS stays near
 chance in this short a run; AdS brings parameters, too (see ads.py for its controls).
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
