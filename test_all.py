@@ -2908,8 +2908,9 @@ def test_whatever_trained_a_model_evaluation_is_float32_without_tf32(tmp_path, m
     words = ["--evaluate", str(out / "last.pt"), "--device", "cpu"]
     assert train.main(words) == 0 and train.main([*words, "--precision", "tf32"]) == 2
     assert "--precision tf32: cpu has none" in capsys.readouterr().err
-    assert train.main(["--resume", str(out), "--device", "cpu"]) == 2
-    assert "the run's precision is tf32, which cpu has not; go on where" in capsys.readouterr().err
+    for words in (["--resume", str(out)], ["--resume", "--out", str(out)]):
+        assert train.main([*words, "--device", "cpu"]) == 2
+        assert f"--resume {out}: the run's precision is tf32, which" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", {

@@ -2537,8 +2537,8 @@ def check(c, given):
     if (c.evaluate or c.analyse) and "precision" not in given and not has(c, c.precision):
         c.precision = "fp32"                                                # the run's, elsewhere
     if c.resume and "precision" not in given and not has(c, c.precision):
-        refuse("resume", f"the run's precision is {c.precision}, which {c.device} has not; go on "
-               "where it began, or begin another run")
+        raise UserError(f"--resume {c.out}: the run's precision is {c.precision}, which {c.device} "
+                        "has not; go on where it began, or begin another run")
     if not has(c, c.precision):
         refuse("precision", f"{c.device} has none; use a GPU of compute capability 8.0 or above, "
                "or leave it out" + " (bf16 runs on a CPU, too)" * (kind == "cpu"))
