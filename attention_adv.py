@@ -79,7 +79,8 @@ class EMA(nn.Module):
     def matrices(self):
         """log q and p beta gamma / sqrt(N), each (2H, N)."""
         p, a = torch.sigmoid(self.delta), torch.sigmoid(self.alpha)
-        return torch.log1p(-p * a), p * self.beta * self.gamma / math.sqrt(self.gamma.shape[1])
+        log_q = torch.log1p((-p * a).clamp(min=2.0 ** -24 - 1))             # finite: q > 0
+        return log_q, p * self.beta * self.gamma / math.sqrt(self.gamma.shape[1])
 
     def kernel(self, L):
         """K (H, 2L), for FFTs of length 2L: entry s < L weighs the token s steps back, entry 2L - s
@@ -308,7 +309,8 @@ def frozen(model):
 def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
-    Until a weight changes, by its version counter; never while a weight wants a gradient, or where
+    Until a weight is another tensor or its version counter moves (.data and fused optimisers do not
+    move it: keep them out of `frozen`); never while a weight wants a gradient, or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
     weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
@@ -319,8 +321,8 @@ def once(module, key, make):
         memo, key = MEMO[module], (key, *((w.data_ptr(), w._version) for w in weights))
         if key not in memo:
             memo.clear()
-            memo[key] = make()
-        return memo[key]
+            memo[key] = make(), [w.detach() for w in weights]   # held, so are their addresses
+        return memo[key][0]
 
 
 def ascend(model, loss, x, start, eps, alpha, steps):
@@ -430,7 +432,7 @@ def accuracy(model, batches, attack=None):
     right = n = 0
     with frozen(model):
         for x, y in batches:
-            n += len(y)
+            n, y = n + len(x), y.view(len(x))                           # (B, 1), too
             ok = hits(x, y)
             if attack is not None and ok.any():
                 x, y = x[ok], y[ok]

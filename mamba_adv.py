@@ -279,6 +279,8 @@ class TritonScan(torch.autograd.Function):
 def selective_scan(u, dt, A, B, C, D):
     """selective_scan_loop(...), the same numbers: its gradient in closed form, linear memory."""
     u, dt, B, C = (v.to(A.dtype) for v in (u, dt, B, C))                    # autocast: not in here
+    dt, A = dt.expand_as(u), A.expand(u.shape[2], -1)                       # what the loop takes
+    B, C = (v.expand(*u.shape[:2], A.shape[1]) for v in (B, C))
     if u.is_cuda and triton:
         return TritonScan.apply(u, dt, A, B, C, D)
     n = len(u) if u.is_cuda else max(1, SelectiveScan.SIZE // (8 * A.numel()))     # fit the cache
@@ -437,7 +439,8 @@ def frozen(model):
 def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
-    Until a weight changes, by its version counter; never while a weight wants a gradient, or where
+    Until a weight is another tensor or its version counter moves (.data and fused optimisers do not
+    move it: keep them out of `frozen`); never while a weight wants a gradient, or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
     weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
@@ -448,8 +451,8 @@ def once(module, key, make):
         memo, key = MEMO[module], (key, *((w.data_ptr(), w._version) for w in weights))
         if key not in memo:
             memo.clear()
-            memo[key] = make()
-        return memo[key]
+            memo[key] = make(), [w.detach() for w in weights]   # held, so are their addresses
+        return memo[key][0]
 
 
 def ascend(model, loss, x, start, eps, alpha, steps):
@@ -559,7 +562,7 @@ def accuracy(model, batches, attack=None):
     right = n = 0
     with frozen(model):
         for x, y in batches:
-            n += len(y)
+            n, y = n + len(x), y.view(len(x))                           # (B, 1), too
             ok = hits(x, y)
             if attack is not None and ok.any():
                 x, y = x[ok], y[ok]

@@ -70,9 +70,11 @@ def log_uniform(size, low=1e-3, high=1e-1):
     return math.log(low) + torch.rand(size) * (math.log(high) - math.log(low))
 
 
-def real_pairs(z):
-    """Complex (...) -> real Parameter (..., 2): optimisers and checkpoints see real numbers."""
-    return nn.Parameter(torch.view_as_real(z.to(torch.complex64).resolve_conj()).clone())
+def parameter(z):
+    """z as Parameter of torch's default dtype; complex (...) as real pairs (..., 2): optimisers and
+    checkpoints see real numbers."""
+    v = torch.view_as_real(z.resolve_conj()) if z.is_complex() else z
+    return nn.Parameter(v.to(torch.get_default_dtype(), copy=True))
 
 
 def vandermonde(c, log_lam, L):
@@ -183,10 +185,10 @@ class S4(nn.Module):
     def __init__(self, d_model, d_state=64):
         super().__init__()
         lam, P, B = half_legs(d_state)
-        self.register_buffer("log_minus_real", torch.log(-lam.real).float())
-        self.imag = nn.Parameter(lam.imag.float())                          # (N/2,)
-        self.P, self.B = real_pairs(P), real_pairs(B)                       # (N/2, 2)
-        self.C = real_pairs(torch.randn(d_model, len(lam), dtype=torch.cfloat))    # C~, (H, N/2, 2)
+        self.register_buffer("log_minus_real", parameter(torch.log(-lam.real)).detach())
+        self.imag = parameter(lam.imag)                                     # (N/2,)
+        self.P, self.B = parameter(P), parameter(B)                         # (N/2, 2)
+        self.C = parameter(torch.randn(d_model, len(lam), dtype=torch.cfloat))    # C~, (H, N/2, 2)
         self.D = nn.Parameter(torch.randn(d_model))
         self.log_dt = nn.Parameter(log_uniform(d_model))
 
@@ -255,9 +257,9 @@ class DSS(nn.Module):
     def __init__(self, d_model, d_state=64):
         super().__init__()
         lam, _, _ = half_legs(d_state)
-        self.log_minus_real = nn.Parameter(torch.log(-lam.real).float())    # (N/2,)
-        self.imag = nn.Parameter(lam.imag.float())                          # (N/2,)
-        self.C = real_pairs(torch.randn(d_model, len(lam), dtype=torch.cfloat))    # (H, N/2, 2)
+        self.log_minus_real = parameter(torch.log(-lam.real))               # (N/2,)
+        self.imag = parameter(lam.imag)                                     # (N/2,)
+        self.C = parameter(torch.randn(d_model, len(lam), dtype=torch.cfloat))    # (H, N/2, 2)
         self.D = nn.Parameter(torch.randn(d_model))
         self.log_dt = nn.Parameter(log_uniform(d_model))
 
@@ -349,10 +351,10 @@ class S5(nn.Module):
         lam, _, _, V = hippo_legs(d_state)                                  # (P,), (P, P)
         B = torch.randn(d_state, d_model, dtype=V.real.dtype) / math.sqrt(d_model)
         C = torch.randn(d_model, d_state, dtype=V.dtype) / math.sqrt(d_state)
-        self.log_minus_real = nn.Parameter(torch.log(-lam.real).float())    # (P,)
-        self.imag = nn.Parameter(lam.imag.float())                          # (P,)
-        self.B = real_pairs(V.mH @ B.to(V.dtype))                           # (P, H, 2)
-        self.C = real_pairs(C @ V)                                          # (H, P, 2)
+        self.log_minus_real = parameter(torch.log(-lam.real))               # (P,)
+        self.imag = parameter(lam.imag)                                     # (P,)
+        self.B = parameter(V.mH @ B.to(V.dtype))                            # (P, H, 2)
+        self.C = parameter(C @ V)                                           # (H, P, 2)
         self.D = nn.Parameter(torch.rand(d_model))
         self.log_dt = nn.Parameter(log_uniform(d_state))
 
@@ -592,7 +594,8 @@ def frozen(model):
 def once(module, key, make):
     """make(), a function of the module's weights; within `frozen` its first result serves again.
 
-    Until a weight changes, by its version counter; never while a weight wants a gradient, or where
+    Until a weight is another tensor or its version counter moves (.data and fused optimisers do not
+    move it: keep them out of `frozen`); never while a weight wants a gradient, or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
     weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
@@ -603,8 +606,8 @@ def once(module, key, make):
         memo, key = MEMO[module], (key, *((w.data_ptr(), w._version) for w in weights))
         if key not in memo:
             memo.clear()
-            memo[key] = make()
-        return memo[key]
+            memo[key] = make(), [w.detach() for w in weights]   # held, so are their addresses
+        return memo[key][0]
 
 
 def ascend(model, loss, x, start, eps, alpha, steps):
@@ -714,7 +717,7 @@ def accuracy(model, batches, attack=None):
     right = n = 0
     with frozen(model):
         for x, y in batches:
-            n += len(y)
+            n, y = n + len(x), y.view(len(x))                           # (B, 1), too
             ok = hits(x, y)
             if attack is not None and ok.any():
                 x, y = x[ok], y[ok]

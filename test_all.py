@@ -282,6 +282,32 @@ def test_every_mode_decays_whatever_the_weights(trial):
         assert bar.abs().max() < 1 and (torch.is_complex(bar) or bar.min() >= 0)
 
 
+def test_a_saturated_moving_average_stays_finite():
+    for dtype in (torch.float32, torch.float64):
+        layer = attention_adv.EMA(4, 2).to(dtype)
+        for size in (17.0, 40.0, 100.0):
+            layer.delta.data.fill_(size)
+            layer.alpha.data.fill_(size)
+            u = torch.rand(2, 5, 4, dtype=dtype, requires_grad=True)
+            y = layer(u)
+            y.sum().backward()
+            grads = u.grad, *(w.grad for w in layer.parameters())
+            assert all(v.isfinite().all() for v in (y, *grads))
+            close(y, layer.recurrence(u), 1e-5 if dtype == torch.float32 else 1e-9)
+
+
+def test_a_model_is_made_in_torch_s_default_precision(name):
+    x, before = torch.rand(2, 2, 4, 6, dtype=torch.float64), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        own = {"mamba": {}, "attention": {"max_len": 10}}.get(name, {"ssm": name})
+        model = MODELS[name].Classifier(2, 3, 6, 4, 2, 2, ads="relu", **own)
+        assert {w.dtype for w in (*model.parameters(), *model.buffers())} == {torch.float64}
+        assert model(x).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("N", [2, 3, 8, 64])
 def test_hippo_legs_is_normal_plus_low_rank_and_every_model_starts_there(N):
     A = np.zeros((N, N), complex)
@@ -365,6 +391,22 @@ def test_the_scan_passes_gradcheck_and_refuses_a_second_gradient(monkeypatch):
     assert torch.autograd.gradcheck(mamba_adv.selective_scan, inputs)
     with pytest.raises(RuntimeError, match="no second derivative; take selective_scan_loop"):
         torch.autograd.grad(mamba_adv.selective_scan(*inputs).sum(), inputs, create_graph=True)
+
+
+def test_the_scan_takes_the_shapes_that_the_loop_takes(monkeypatch):
+    monkeypatch.setattr(mamba_adv.SelectiveScan, "SIZE", 2 * 8 * 3 * 4)     # parts of two images
+    b, L, d, N = 5, 7, 3, 4
+    full = (b, L, d), (b, L, d), (d, N), (b, L, N), (b, L, N), (d,)
+    for k, shape in [(1, (b, L, 1)), (1, (1, L, d)), (2, (1, N)), (3, (1, L, N)), (3, (1, 1, N)),
+                     (4, (1, L, N)), (4, (b, 1, N)), (5, (1,))]:
+        inputs = scan_inputs(b, L, d, N)
+        inputs[k] = inputs[k][tuple(slice(n) for n in shape)].clone()
+        assert [v.shape for v in inputs] != list(full) and inputs[k].shape == shape
+        inputs = [v.requires_grad_() for v in inputs]
+        fast = mamba_adv.selective_scan(*inputs)
+        slow = mamba_adv.selective_scan_loop(*(v.expand(n) for v, n in zip(inputs, full)))
+        close(fast, slow)
+        same_gradients(fast, slow, inputs)
 
 
 @pytest.mark.skipif(not mamba_adv.triton, reason="needs triton, which PyTorch's GPU builds bring")
@@ -927,6 +969,16 @@ def test_accuracy_of_nothing_or_of_a_broken_model_is_an_error(script):
         script.accuracy(linear(3), [(x.masked_fill(x == 1, float("nan")), y)])
 
 
+def test_labels_of_shape_B_1_count_as_labels_and_one_hot_ones_are_refused(script):
+    (x, y), net = images(40), smooth()
+    expected = script.accuracy(net, [(x, y)])
+    assert 0 < expected < 1 and script.accuracy(net, [(x, y[:, None])]) == expected
+    attack = functools.partial(script.fgsm, eps=EPS)
+    assert script.accuracy(net, [(x, y[:, None])], attack) == script.accuracy(net, [(x, y)], attack)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        script.accuracy(net, [(x, F.one_hot(y, 3))])
+
+
 # ---- Frozen: within an attack a kernel is computed once, and it is never stale -------------------
 
 KERNELS = {"s4": (s4_adv.S4, "kernel"), "dss": (s4_adv.DSS, "kernel"),
@@ -981,6 +1033,22 @@ def test_a_changed_weight_makes_a_new_kernel_at_once(name):
             close(model(x), fresh(x), 1e-12)
             assert (model(x) - last).abs().max() > 1e-6
             last = model(x)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_given_from_outside_never_meet_a_kernel_of_others_at_their_address(name):
+    script, model, (x, _) = MODELS[name], tiny(name), images()
+    flat = nn.utils.parameters_to_vector(model.requires_grad_(False).parameters())
+
+    def out(factor):
+        parts = (factor * flat).split([w.numel() for w in model.parameters()])
+        given = {n: v.view_as(w) for (n, w), v in zip(model.named_parameters(), parts)}
+        return torch.func.functional_call(model, given, (x,))           # freed when it returns
+    factors = [1 + 0.1 * k for k in range(8)]
+    expected = [out(factor) for factor in factors]
+    with script.frozen(model):
+        for factor, y in zip(factors, expected):
+            close(out(factor), y, 1e-12)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -1723,6 +1791,8 @@ def test_the_interval_is_wilsons():
     for p in (low, high):  # |7/10 - p| = z sqrt(p (1-p) / n)
         close(abs(0.7 - p), 1.959964 * math.sqrt(p * (1 - p) / 10))
     assert train.interval(0, 10)[0] == 0 and 0.2 < train.interval(0, 10)[1] < 0.35
+    for n in (500, 700, *range(1, 50)):                                     # rounding, too
+        assert train.interval(0, n)[0] >= 0 and train.interval(n, n)[1] <= 1
 
 
 def test_evaluate_measures_a_checkpoint_and_writes_csv_and_json(tmp_path, capsys):
@@ -1872,6 +1942,23 @@ def test_apgd_never_ends_below_pgd_on_a_smooth_problem():
         assert (stronger >= weaker).all()
 
 
+def test_apgd_returns_the_best_point_that_it_saw_where_nothing_broke_the_image():
+    torch.manual_seed(1)
+    network, images, seen, held = net(dtype=torch.float64), dotted(24, torch.float64), [], 0
+    spy = nn.Module()
+    spy.forward = lambda x: seen.append(x.detach()) or network(x)
+    for x in images.split(1):
+        y = network(x).argmax(1)
+        for steps in (5, 10):
+            seen.clear()
+            x_adv = train.apgd_ce(spy, x, y, 0.02, steps)
+            if network(x_adv).argmax(1) == y:
+                held += 1
+                losses = [F.cross_entropy(network(v), y) for v in (*seen[1:], x_adv)]
+                close(losses[-1], max(losses))
+    assert held >= 20
+
+
 # --- what every attack promises ---------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -1979,6 +2066,17 @@ def test_targets_beyond_the_other_classes_are_capped_and_only_what_is_robust_is_
     train.apgd_t(model, x, y, 1e-6, targets=99, steps=5)
     # clean and order; for each of 3 targets x, the start, 5 steps, the result
     assert sum(len(s) for s in model.seen) == 6 * (2 + 3 * (1 + 1 + 5 + 1))
+
+
+def test_targets_are_the_other_classes_also_where_logits_are_equal():
+    torch.manual_seed(1)
+    z = torch.randint(4, (200, 50)).double()                                # many equal
+    y = z.argmax(1)
+    for targets in (1, 9, 49, 60):
+        found = train.others(nn.Identity(), z, y, targets).T
+        assert found.shape == (200, min(targets, 49)) and (found != y[:, None]).all()
+        assert all(len(set(row)) == len(row) for row in found.tolist())
+        assert (z.gather(1, found).diff(dim=1) <= 0).all()
 
 
 # --- the ensemble -----------------------------------------------------------------------------
@@ -3176,16 +3274,18 @@ def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeyp
         attacked.append(type(model))
         return torch.zeros_like(x)
     monkeypatch.setattr(train, "pgd", black)
-    assert evaluates(trained[0], "--transfer-from", str(trained[1]), "--attacks", "fgsm") == 0
+    monkeypatch.setitem(train.AUTO, "square", lambda model, x, y, eps: x)   # stops where it breaks
+    words = "--transfer-from", str(trained[1]), "--attacks", "fgsm,square"  # that one: no transfer
+    assert evaluates(trained[0], *words) == 0
     rows = report(trained[0])["rows"]
-    assert [r["attack"] for r in rows] == ["fgsm", "transfer: pgd-10", "transfer: fgsm"]
-    assert set(attacked) == {mamba_adv.Classifier} and len(calls) == 3 * 3
+    assert [r["attack"] for r in rows] == ["fgsm", "square", "transfer: pgd-10", "transfer: fgsm"]
+    assert set(attacked) == {mamba_adv.Classifier} and len(calls) == 4 * 3
     c, state = train.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
     c.test_size, model = 20, train.load_model(c, state)
     x, y = train.load_data(c)["test"]
     with torch.no_grad():
         both = (model(x / 255).argmax(1) == y) & (model(0 * x / 255).argmax(1) == y)
-    assert rows[1]["accuracy"] == both.double().mean()
+    assert rows[2]["accuracy"] == both.double().mean()
 
 
 def test_transfer_between_data_sets_is_refused(trained, tmp_path, capsys):
@@ -3222,7 +3322,7 @@ def test_a_cut_evaluation_goes_on_and_ends_like_one_that_was_not_cut(trained, mo
         assert not part.exists()
 
 
-@pytest.mark.parametrize("change", ["weights", "n", "seed", "batch"])
+@pytest.mark.parametrize("change", ["weights", "n", "seed", "batch", "code"])
 def test_finished_batches_serve_only_the_very_same_evaluation(
         change, trained, tmp_path, monkeypatch):
     state, file, names = torch.load(trained[0], weights_only=True), tmp_path / "best.pt", []
@@ -3234,6 +3334,9 @@ def test_finished_batches_serve_only_the_very_same_evaluation(
         if changed and change == "weights":
             next(iter(state["model"].values())).view(-1)[0] += 1e-3
             torch.save(state, file)
+        if changed and change == "code":
+            (tmp_path / "ads.py").write_text(Path(ads.__file__).read_text() + "\n")
+            monkeypatch.setattr(ads, "__file__", str(tmp_path / "ads.py"))
         with pytest.raises(ZeroDivisionError):
             size = "19" if changed and change == "n" else "20"
             evaluates(file, *(words if changed else []), size=size)

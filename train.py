@@ -45,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
+import ads
 import attention_adv
 import mamba_adv
 import s4_adv
@@ -335,15 +336,16 @@ def gradient(model, x, f):
     return z.detach(), value.detach(), grad
 
 
-def others(model, x, targets):
-    """The classes behind the first, by logit: (targets, B), or (n_classes - 1, B) if that is less.
+def others(model, x, y, targets):
+    """The classes but y, likeliest first: (targets, B), or (n_classes - 1, B) if that is less.
 
     ValueError if targets < 1.
     """
     if targets < 1:
         raise ValueError(f"a targeted attack needs at least 1 target class; got {targets}")
     with torch.no_grad():
-        return scores(model, x).argsort(1, descending=True)[:, 1:targets + 1].T
+        z = scores(model, x).scatter(1, y[:, None], -torch.inf)
+    return z.argsort(1, descending=True)[:, :min(targets, z.shape[1] - 1)].T
 
 
 def pick(mask, new, old):
@@ -431,7 +433,7 @@ def apgd(model, x, y, eps, steps=100, loss="ce", target=None):
                 halved = (rises < rho * (k - last)) | (~halved & (best[2] <= f_check))
                 now, alpha = pick(halved, best, now), pick(halved, [alpha / 2], [alpha])[0]
                 f_check, last, rises = best[2], k, torch.zeros_like(rises)
-    return x_adv
+    return pick(robust, best, [x_adv])[0]
 
 
 def apgd_ce(model, x, y, eps, steps=100):
@@ -447,7 +449,7 @@ def apgd_t(model, x, y, eps, targets=9, steps=100):
     x_adv = x.detach().clone()
     with frozen(model):
         robust = hits(model, x, y)
-        for target in others(model, x, targets):
+        for target in others(model, x, y, targets):
             i = robust.nonzero()[:, 0]
             if len(i):
                 x_adv[i] = apgd(model, x[i], y[i], eps, steps, "dlr", target[i])
@@ -498,7 +500,7 @@ def fab_t(model, x, y, eps, targets=9, steps=100, beta=0.9):
     x, x_adv = x.detach(), x.detach().clone()
     with frozen(model):
         robust = hits(model, x, y)
-        for target in others(model, x, targets):
+        for target in others(model, x, y, targets):
             point = x.clone()
             for _ in range(steps):
                 i = robust.nonzero()[:, 0]
@@ -1175,7 +1177,8 @@ def interval(right, n, z=1.959964):
     """95 % interval of a share.                                                    Wilson 1927"""
     p, shrink = right / n, 1 / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return shrink * (p + z * z / (2 * n) - half), shrink * (p + z * z / (2 * n) + half)
+    low, high = (shrink * (p + z * z / (2 * n) + side * half) for side in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)                                    # but for rounding
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1245,7 +1248,8 @@ def evaluate_checkpoint(c, state):
                                 f"{other['config'][key]}, and that of {c.evaluate} "
                                 f"{getattr(c, key)}; give a model of the same images")
     images, labels = load_data(c)["test"]
-    code = [Path(file).read_bytes() for file in (__file__, SCRIPTS[c.model].__file__)]
+    code = [Path(file).read_bytes() for file in (__file__, *(
+        module.__file__ for module in (ads, s4_adv, mamba_adv, attention_adv)))]
     key = digest(images, labels, *state["model"].values(), code, c.seed, c.batch_size, c.precision,
                  c.device, world(), torch.__version__, c.eps, c.alpha, c.attacks, c.eps_sweep,
                  c.steps_sweep, c.transfer_from)
@@ -1321,7 +1325,8 @@ def tables(model, images, labels, c, kept, other):
                                    for r, k in zip(swept, c.steps_sweep)])
     if other:
         rows += measure([(f"transfer: {spec}", spec, c) for spec in dict.fromkeys(
-            ["pgd-10", *specs])], source=load_model(c, other),
+            ["pgd-10", *(s for s in specs if s not in {**AUTO, **ENSEMBLES})])],
+                        source=load_model(c, other),
             place=("transfer", digest(*other["model"].values())))
     return rows
 
@@ -2081,16 +2086,16 @@ def clipped(mega, u, u_adv):
             "share of TV osc in the bound": (tv * osc).mean() / bound.mean()}
 
 
-def scaled(ads, y, y_adv):
+def scaled(layer, y, y_adv):
     """P5 of AdS on its inputs, clean and attacked. Shares are <term, error> / <error, error>."""
-    *terms, removed = error_parts(ads, y, y_adv)
+    *terms, removed = error_parts(layer, y, y_adv)
     error, numbers = sum(terms), {}
     for name, term in zip(("s' dy", "(s' - s) y", "t' - t"), terms):
         numbers[f"share of {name}"] = (term * error).sum() / error.square().sum()
     numbers |= {"rms error after / before": rms(error) / rms(y_adv - y),
                 "error removed exactly": removed.double().mean()}
     for when, v in (("clean", y), ("attacked", y_adv)):
-        for name, w in zip("st", ads.scale_and_shift(v)):
+        for name, w in zip("st", layer.scale_and_shift(v)):
             numbers |= {f"{name}, {when}: mean": w.mean(), f"{name}, {when}: std": w.std(),
                         f"{name}, {when}: share of 0": (w == 0).double().mean()}
     return numbers
@@ -2374,7 +2379,8 @@ def parser():
     flag("--steps-sweep", type=counts, metavar="K,K", shown="none",
          help="with --evaluate: PGD with these numbers of steps")
     flag("--transfer-from", metavar="CKPT", shown="none",
-         help="with --evaluate: pgd-10 and --attacks made on this other model")
+         help="with --evaluate: pgd-10 and fgsm, pgd-K of --attacks made on this other model; "
+              "AutoAttack's stop as soon as that one errs, which says little of ours")
     flag("--images", action="store_true", shown="none",
          help="with --evaluate: draw eight images, their perturbations and adversarial images")
     flag("--plot", nargs="+", metavar="RUN", shown="train",
