@@ -10,6 +10,7 @@ import ast
 import copy
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -1524,6 +1525,30 @@ def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(t
     assert train.main(table) == 2 and "best-evaluation.json is damaged" in capsys.readouterr().err
 
 
+def test_damaged_results_logs_and_analyses_are_said_to_be_so(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert trains(out, *TINY) == 0
+    result = json.loads((out / "result.json").read_text())
+    damages = [lambda r: r["config"].pop("dataset"), lambda r: r["config"].update(eps=None),
+               lambda r: r["config"].update(seed=[1]), lambda r: r["Best"].update(clean=10 ** 400),
+               lambda r: r.update(config=[])]
+    rows = [dict(statement="change", on="test", layer=1, quantity="a: MSE", value=1.0)]
+    wrong = [dict(rows[0], value=None), dict(rows[0], quantity="MSE"), {"statement": "change"}]
+    jobs = [("--table", "result.json", json.dumps(r), "no result.json of a finished run")
+            for damage in damages for r in [copy.deepcopy(result)] if [damage(r)]]
+    jobs += [("--plot", "log.csv", text, "log.csv is damaged") for text in (
+        "epoch,val_clean,val_pgd-10\ninf,1,1\n", "epoch,val_clean,val_pgd-10\n1,nan,1\n",
+        "epoch,val_pgd-10\n1,1\n", "epoch,val_clean,val_pgd-10\n1,1," + 200_000 * "1")]
+    jobs += [("--plot", "a.json", json.dumps({"config": {"method": "pgd"}, "rows": [row]}),
+              "this is no analysis") for row in wrong]
+    for job, name, text, message in jobs:
+        (out / name).write_text(text)
+        capsys.readouterr()
+        assert train.main([job, str(out / name if name == "a.json" else out)]) == 2, (name, text)
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
 def test_a_table_keeps_experiments_apart_and_counts_no_run_twice(tmp_path, capsys):
     for out, *words in (("a", "--lr", "1e-3"), ("b", "--lr", "2e-3"),
                         ("c", "--lr", "1e-3", "--seed", "1"),
@@ -1746,13 +1771,96 @@ def test_resume_refuses_what_is_no_run(tmp_path, capsys):
     state["config"]["d_model"] = 16
     (tmp_path / "misfit").mkdir()
     torch.save(state, tmp_path / "misfit" / "last.pt")
-    for path, message in ((tmp_path / "run" / "best.pt", "this holds weights for --evaluate"),
-                          (tmp_path / "empty", "there is no run in this folder"),
-                          (tmp_path / "misfit", "does not fit the model that its settings")):
+    torch.save({"format": 1, "model": {}, "config": {"model": "bert"}}, tmp_path / "foreign.pt")
+    for job, path, message in (
+            ("--resume", tmp_path / "run" / "best.pt", "this holds weights for --evaluate"),
+            ("--resume", tmp_path / "empty", "there is no run in this folder"),
+            ("--resume", tmp_path / "misfit", "does not fit the model that its settings"),
+            ("--evaluate", tmp_path / "misfit", "does not fit the model that its settings"),
+            ("--analyse", tmp_path / "misfit", "does not fit the model that its settings"),
+            ("--evaluate", tmp_path / "foreign.pt", "damaged, or no checkpoint of this program")):
+        capsys.readouterr()
+        assert train.main([job, str(path), "--device", "cpu"]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_is_not_resumed_beside_another_run_or_without_its_best(tmp_path, capsys):
+    a, b, alone = (tmp_path / name for name in ("a", "b", "alone"))
+    assert trains(a, *TINY) == 0 and trains(b, *TINY, "--seed", "7") == 0
+    (b / "last.pt").rename(a / "seed7.pt")
+    before = {p: p.read_bytes() for p in a.iterdir()}
+    alone.mkdir()
+    (alone / "last.pt").write_bytes((a / "last.pt").read_bytes())
+    (tmp_path / "link.pt").symlink_to(a / "last.pt")
+    for path, message in ((a / "seed7.pt", "the config.json beside it is of another run"),
+                          (alone / "last.pt", "best.pt: there is no such file")):
         capsys.readouterr()
         assert train.main(["--resume", str(path)]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+    assert {p: p.read_bytes() for p in a.iterdir()} == before
+    (alone / "best.pt").write_bytes((a / "best.pt").read_bytes())
+    assert train.main(["--resume", str(alone / "last.pt")]) == 0
+    assert train.main(["--resume", str(tmp_path / "link.pt")]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "alone", "b", "link.pt"]
+
+
+def test_a_run_that_was_begun_while_the_data_were_read_is_left_alone(tmp_path, monkeypatch, capsys):
+    out, load_data = tmp_path / "run", train.load_data
+
+    def slow(c):
+        monkeypatch.setattr(train, "load_data", load_data)
+        assert trains(out, *TINY, "--seed", "1") == 0
+        return load_data(c)
+    monkeypatch.setattr(train, "load_data", slow)
+    assert trains(out, *TINY, "--seed", "2") == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert json.loads((out / "result.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_stops_before_the_test(
+        tmp_path, monkeypatch, capsys):
+    out, save = tmp_path / "run", train.save
+
+    def slow(run):
+        save(run)
+        if run.batch:                                                   # not the first, not the end
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "save", slow)
+    assert trains(out, *TINY) == 130
+    assert "go on with: python train.py --resume" in capsys.readouterr().err
+    monkeypatch.setattr(train, "save", save)
+    assert not (out / "result.json").exists() and train.main(["--resume", str(out)]) == 0
+
+
+def test_where_nobody_reads_or_nothing_can_be_opened_one_sentence_says_so(
+        tmp_path, monkeypatch, capsys):
+    class Closed(io.TextIOWrapper):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(sys, "stdout", Closed(io.BytesIO()))
+    assert trains(tmp_path / "a", *TINY) == 2
+    monkeypatch.setattr(sys, "stdout", None)                            # as after >&-
+    assert trains(tmp_path / "b", *TINY) == 0
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert trains(tmp_path / "\u00fc x", *TINY) == 0
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert train.main(["--evaluate", 300 * "x"]) == 2
+
+    def refuse(*args, **kw):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(torch, "load", refuse)
+    assert train.main(["--evaluate", str(tmp_path / "b" / "best.pt")]) == 2
+    broken, long, closed = capsys.readouterr().err.splitlines()
+    assert "train.py: the output: Broken pipe; choose another path; a run goes on" in broken
+    assert "xxx: File name too long" in long
+    assert "best.pt: cannot be read (Permission denied); see to its access rights" in closed
+
+
+def test_a_part_of_a_batch_without_images_has_activations_of_size_0():
+    found = train.largest_activation(tiny_model("s4").float(), torch.zeros(0, 1, 4, 4))
+    assert found == ("no layer", 0.0)
 
 
 # ---- train.py: evaluation ------------------------------------------------------------------------
@@ -2363,7 +2471,15 @@ BAD = {
     "--attacks pgd-\u00b2": "--attacks pgd-\u00b2: no such attack",
     "--evaluate FILE --out EMPTY": "--out EMPTY: tables lie beside the checkpoint",
     "--device meta": "--device meta: there is no such device here",
-    "--out OTHER/hollow --resume": "there is no checkpoint, and config.json is damaged",
+    "--out OTHER/hollow --resume": "its config.json is damaged, or of another program",
+    "--resume OTHER": "--resume OTHER: its config.json is damaged, or of another program",
+    "--resume OTHER --checks": "--checks measures a checkpoint; add --evaluate CKPT",
+    "--lr 1e38": "--lr 1e+38: it must be a number above 0, below 1e30",
+    "--batch-size 99999999999999999999": "--batch-size 99999999999999999999: it is too large",
+    "--attacks pgd-1x1000000000000": "--attacks pgd-1x1000000000000: no such attack",
+    "--eps 1e999999999": "1e999999999 is no number; write it as 8/255 or 0.031",
+    "--plot BROKEN --out FILE": "--out FILE: a figure is a PNG file; give a name that ends in .png",
+    "--dataset synthetic --eval-train 20000": "--eval-train 20000: there are 4000 training images",
     "--resume EMPTY --out OTHER": "--out OTHER: a run goes on in its own folder, EMPTY; leave",
 }
 
@@ -3003,6 +3119,7 @@ def test_whatever_trained_a_model_evaluation_is_float32_without_tf32(tmp_path, m
     state["config"]["precision"] = "tf32"
     for file in out.glob("*.pt"):
         torch.save(state, file)
+    (out / "config.json").write_text(json.dumps(state["config"]))
     words = ["--evaluate", str(out / "last.pt"), "--device", "cpu"]
     assert train.main(words) == 0 and train.main([*words, "--precision", "tf32"]) == 2
     assert "--precision tf32: cpu has none" in capsys.readouterr().err

@@ -118,6 +118,9 @@ def load_data(c):
             raise UserError(f"--{name}-size {size}: {c.dataset} has {n} such images; "
                             f"give at most {n}")
         sets[name] = tuple(v[:size] for v in sets[name])
+    if c.eval_train > len(sets["train"][0]):
+        raise UserError(f"--eval-train {c.eval_train}: there are {len(sets['train'][0])} training "
+                        "images; give at most as many")
     return {name: tuple(v.to(c.device) for v in pair) for name, pair in sets.items()}
 
 
@@ -572,6 +575,10 @@ def say(*words, **kw):
         print(*words, **kw, flush=True)
 
 
+def on_terminal():
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def seed_of(*key):
     """A seed that is a function of key alone."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
@@ -654,45 +661,77 @@ def read_checkpoint(path, flag):
     """The dict in a checkpoint of this program.  UserError if it is missing, damaged or foreign."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == 1 and state["model"] and state["config"]:
+        if (state["format"], state["config"]["model"] in SCRIPTS, state["epoch"] >= 0) == (
+                1, True, True) and state["config"]["dataset"] in PRESETS and state["model"]:
             return state
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: there is no such file; give one of a run's checkpoints, "
                         "last.pt or best.pt") from None
     except IsADirectoryError:
         raise UserError(f"{flag} {path}: this is a folder; give a checkpoint in it") from None
+    except OSError as e:
+        raise UserError(f"{flag} {path}: cannot be read ({e.strerror}); see to its access rights, "
+                        "or copy it") from None
     except Exception:                                                 # whatever a damaged file does
         pass
     raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program")
 
 
-def find_checkpoint(out):
+def find_checkpoint(out, flag):
     """The newest whole checkpoint in a run's folder, or None if it has none yet."""
     names = [n for n in ("last.pt", "previous.pt") if (out / n).exists()]
     for name in names:
         try:
-            return read_checkpoint(out / name, "--resume")
+            return read_checkpoint(out / name, flag)
         except UserError as e:
+            if name == names[-1]:
+                raise
             say(f"{e}; trying the one before", file=sys.stderr)
-    if names:
-        raise UserError(f"--resume {out}: neither last.pt nor previous.pt there can be read; start "
-                        "again with another --out")
     return None
 
 
-def restore(run, state):
-    """Puts a checkpoint's state into a new run.  UserError if it is of another model."""
+def read_config(out):
+    """What a run's config.json says, or None if there is none.  UserError if it is no run's."""
     try:
-        run.model.load_state_dict(state["model"])
+        config = json.loads((out / "config.json").read_text())
+        if config["model"] in SCRIPTS and config["dataset"] in PRESETS and "seed" in config:
+            return config
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"--resume {out}: its config.json is damaged, or of another program; take "
+                    "another folder, with the run's checkpoints alone in it") from None
+
+
+def fill(model, weights, path):
+    """Puts a checkpoint's weights into a model.  UserError if they are of another."""
+    try:
+        model.load_state_dict(weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as e:
+        raise UserError(f"{path}: the checkpoint does not fit the model that its settings describe "
+                        f"({str(e).splitlines()[0]}); take another") from None
+
+
+def restore(run, state):
+    """Puts a checkpoint's state into a new run.  UserError if it is of another model, or if the
+    best.pt that it counts on is not there."""
+    fill(run.model, state["model"], f"--resume {run.c.out}")
+    try:
         run.optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise UserError(f"--resume {run.c.out}: the checkpoint does not fit the model that its "
-                        f"settings describe ({str(e).splitlines()[0]}); start again with another "
-                        "--out") from None
-    if run.noise is not None:
-        run.noise.copy_(state["noise"])
-    for k in COUNTERS:
-        setattr(run, k, state[k])
+        if run.noise is not None:
+            run.noise.copy_(state["noise"])
+        for k in COUNTERS:
+            setattr(run, k, state[k])
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f"--resume {run.c.out}: the checkpoint is damaged ({e}); start again with "
+                        "another --out") from None
+    if run.best is not None:
+        try:
+            read_checkpoint(Path(run.c.out) / "best.pt", "--resume")
+        except UserError as e:
+            raise UserError(f"{e}; it holds the run's Best so far: copy it there, too, or start "
+                            "again with another --out") from None
     if rank() > 0:                                                      # sums, kept in one place
         run.loss = run.seen = 0
 
@@ -722,6 +761,8 @@ class Blowup(Exception):
 
 def largest_activation(model, x):
     """Name of the layer whose output is the largest (or not finite) on x, and that size."""
+    if len(x) == 0:                                                     # another process has them
+        return "no layer", 0.0
     sizes = {}
 
     def hook_of(name):
@@ -827,11 +868,13 @@ def train_epoch(run, images, labels):
         if stop:
             raise KeyboardInterrupt
     run.busy = False
+    if total([run.asked], device)[0]:                                   # while the last was saved
+        raise KeyboardInterrupt
 
 
 def progress(run, batches):
     """The live line: only on a terminal."""
-    if rank() == 0 and sys.stdout.isatty():
+    if rank() == 0 and on_terminal():
         per_batch = run.seconds / run.batch
         left = (batches - run.batch) * per_batch
         later = (run.epochs - run.epoch - 1) * batches * per_batch
@@ -895,7 +938,7 @@ def train(c, data, state=None):
                                                 "model": run.model.state_dict()})
         save(run)
         write_log(run)
-        say(("\r\033[K" if sys.stdout.isatty() else "") + format_row(row, c))
+        say(("\r\033[K" if on_terminal() else "") + format_row(row, c))
     return finish(run, data)
 
 
@@ -909,7 +952,7 @@ def end_epoch(run, data):
     c, device = run.c, data["train"][0].device
     loss, seen = total([run.loss, run.seen], device)
     row = {"epoch": run.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"],
-           "loss": loss / max(seen, 1)}
+           "loss": loss / seen if seen else math.nan}
     measure = (run.epoch + 1) % c.eval_every == 0 or run.epoch + 1 == run.epochs
     for name in watched(c):
         images, labels = (v[:c.eval_train] if name == "train" else v for v in data[name])
@@ -1047,16 +1090,18 @@ def read_result(folder):
         result = json.loads((Path(folder) / "result.json").read_text())
         c, best = result["config"], result["Best"]["epoch"]
         numbers = [result["n_train"], result["n_test"], *(
+            c[k] for k in ("seed", "eps", "steps", "d_model", "epochs")), *(
             result[which][a] for which in ("Best", "Last", "Diff") for a in c["attacks"])]
-        if not all(isinstance(v, (int, float)) for v in numbers):
+        if not (all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers) and
+                c.keys() > {"dataset", "select", "model", "ads", "control", "method"}):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"--table {folder}: there is no result.json of a finished run; let the "
                         "run end, or leave it out") from None
     file = Path(folder) / "best-evaluation.json"
     try:
         kept = json.loads(file.read_text()) if file.exists() else {"rows": []}
-        found = [(r["n"], 100 * float(r["accuracy"])) for r in kept["rows"]
+        found = [(int(r["n"]), 100 * float(r["accuracy"])) for r in kept["rows"]
                  if (r["attack"], r["eps"]) == ("aa", c["eps"]) and kept.get("epoch", best) == best]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--table {folder}: its best-evaluation.json is damaged; evaluate best.pt "
@@ -1116,7 +1161,8 @@ def attacks_of(spec, c):
         return [lambda model, x, y: fgsm(model, x, y, c.eps)]
     kind, _, size = spec.partition("-")
     steps, _, restarts = size.partition("x")
-    if kind == "pgd" and steps.isdecimal() and (restarts or "1").isdecimal() and int(restarts or 1):
+    if kind == "pgd" and all(v.isdecimal() and len(v) < 7 for v in (steps, restarts or "1")) and (
+            int(restarts or 1)):
         attack = in_parts(c, pgd)
         return [lambda *xy: attack(*xy, c.eps, c.alpha, int(steps))] * int(restarts or 1)
     raise UserError(f"--attacks {spec}: no such attack; choose from clean, fgsm, pgd-K and pgd-KxR "
@@ -1301,7 +1347,7 @@ def load_model(c, state):
     """The checkpoint's model, on c's device and in c's precision."""
     model = build(SimpleNamespace(**vars(c) | state["config"] | {
         "device": c.device, "precision": c.precision}))
-    model.load_state_dict(state["model"])
+    fill(model, state["model"], c.evaluate or c.analyse)
     return model
 
 
@@ -1535,14 +1581,17 @@ def plot_runs(runs, path):
     The second set is what chose Best, which the log has: held-out images, or test (--select test).
     """
     logs, sets = [], {"train": "train", "val": "held-out", "test": "test"}
+    pairs = [f"{name}_{attack}" for name in sets for attack in ("clean", "pgd-10")]
     for run in runs:
         file = Path(run) / "log.csv"
         try:
             rows = csv.DictReader(file.read_text().splitlines() if file.is_file() else ())
-            keys = [k for k in rows.fieldnames or () if k.endswith(("_clean", "_pgd-10"))]
+            keys = [k for k in rows.fieldnames or () if k in pairs]
             logs.append((keys, [{k: float(r[k]) for k in ("epoch", *keys)} for r in rows
                                 if keys and r[keys[-1]]]))
-        except (OSError, ValueError, KeyError, TypeError):
+            if len(keys) % 2 or not all(0 <= v < 1e9 for r in logs[-1][1] for v in r.values()):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, csv.Error):
             raise UserError(f"--plot {run}: its log.csv is damaged; --resume writes it anew from "
                             "the checkpoint") from None
         if not logs[-1][1]:
@@ -2146,13 +2195,17 @@ def analyse(c, state):
     In float64, on the first --test-size images, test and training. start: the weights at
     initialisation, which follow from the seed, on the test images.
     """
-    start, data, rows = build(c).double(), load_data(c), []
+    start, data, rows, out = build(c).double(), load_data(c), [], Path(c.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
+                        "--out") from e
     data = {name: [v[:c.test_size] for v in data[name]] for name in ("test", "train")}
     sizes = {name: len(y) for name, (_, y) in data.items()}
     jobs = [("test", start), ("train", start)]
     if state:
-        model = build(c).double()
-        model.load_state_dict(state["model"])
+        model = load_model(SimpleNamespace(**vars(c) | {"precision": "fp64"}), state)
         jobs = [("start", start), ("test", model), ("train", model)]
     n = " and ".join(map(str, dict.fromkeys(sizes.values())))              # test, training
     say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {n} images, "
@@ -2175,12 +2228,6 @@ def analyse(c, state):
             values = {(r["on"], r["layer"]): r["value"] for r in these if r["quantity"] == what}
             say(f"  {what:43}" + "".join(f"{values.get(k, math.nan):10.4g}" for k in columns))
     if rank() == 0:
-        out = Path(c.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
-                            "--out") from e
         stem = stem_of(c.analyse).name + "-analysis" if state else "analysis"
         write_csv(out / f"{stem}.csv", rows)
         write(out / f"{stem}.json", json.dumps(
@@ -2234,9 +2281,10 @@ def plot_analyses(files, path):
             method = found["config"]["method"]
             found = [r | {"on": f"{names.get(method, method)} {r['on']}"} for r in found["rows"]
                      if r["statement"].startswith("change") and r["on"] != "start"]
-            if not found:
+            if not found or not all(math.isfinite(r["value"]) and r["layer"] > 0 and (
+                    ": " in r["quantity"]) for r in found):
                 raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise UserError(f"--plot {file}: this is no analysis; give the .json files that "
                             "--analyse left") from None
         rows += found
@@ -2250,7 +2298,10 @@ def plot_analyses(files, path):
 def fraction(text):
     """'8/255', '0.031' -> float."""
     try:
-        return float(Fraction(text))
+        value = float(Fraction(text) if "/" in text else text)
+        if math.isfinite(value):
+            return value
+        raise ValueError
     except (ValueError, ZeroDivisionError, OverflowError):
         message = f"{text} is no number; write it as 8/255 or 0.031"
         raise argparse.ArgumentTypeError(message) from None
@@ -2404,6 +2455,9 @@ def settings(argv):
         raise UserError(f"--{jobs[0]} and --{jobs[1]} are two jobs; give one of them")
     if other := [k for k in ("lengths", "forms") if k in given and "bench" not in given]:
         raise UserError(f"--{other[0]} has no place without --bench; add it, or leave this out")
+    if other := [k for k in JOBS if k in given and "evaluate" not in given]:
+        raise UserError(f"--{other[0].replace('_', '-')} measures a checkpoint; add --evaluate "
+                        "CKPT")
     preset = SimpleNamespace(**defaults | PRESETS[given.get("dataset", "cifar10")])
     c = at_radius(preset, given["eps"]) if "eps" in given else preset
     c = SimpleNamespace(**vars(c) | given)
@@ -2416,6 +2470,8 @@ def settings(argv):
     if c.plot:
         c.out = c.out or ("analyses.png" if c.plot[0].endswith(".json") else
                           "robust-overfitting.png")
+        if not c.out.endswith(".png"):
+            raise UserError(f"--out {c.out}: a figure is a PNG file; give a name that ends in .png")
         if other := sorted(set(given) - {"plot", "out"}):
             raise UserError(f"--{other[0].replace('_', '-')} has no place beside --plot, which "
                             "draws what runs have logged; leave it out")
@@ -2432,6 +2488,7 @@ def settings(argv):
     if isinstance(path, str):
         if not Path(path).exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")
+        path = os.path.realpath(path) if Path(path).is_symlink() else path
         own = path if Path(path).is_dir() else str(Path(path).parent)
         c.out = given.get("out", own)
         if c.resume and Path(c.out).resolve() != Path(own).resolve():
@@ -2444,31 +2501,36 @@ def settings(argv):
     if path:
         path = path if isinstance(path, str) else c.out
         file = Path(path).is_file()
-        state = read_checkpoint(Path(path), flag) if file else find_checkpoint(Path(path))
+        state = read_checkpoint(Path(path), flag) if file else find_checkpoint(Path(path), flag)
         if c.resume and state and "optimizer" not in state:
             raise UserError(f"--resume {path}: this holds weights for --evaluate, not a run; give "
                             "last.pt or the run's folder")
         if state is None and free is not FREE:
             raise UserError(f"{flag} {path}: there is no checkpoint in that folder; give another")
-        if state is None and (begun := Path(c.out) / "config.json").exists():
-            try:                                                        # cut before its first save
-                config = json.loads(begun.read_text())
-            except ValueError:
-                raise UserError(f"--resume {path}: there is no checkpoint, and config.json is "
-                                "damaged; start again with another --out") from None
+        config = read_config(Path(c.out)) if c.resume else None
+        if state and config and any(config.get(k) != v for k, v in json.loads(json.dumps(
+                state["config"])).items() if k not in FREE):
+            raise UserError(f"--resume {path}: the config.json beside it is of another run; give "
+                            "the checkpoint a folder of its own")
+        if state is None and config:                                    # cut before its first save
             config = {"config": {k: config[k] for k in vars(c) if k in config}}
             return check(restored(c, given, config, path, free), given), None
         if state is None and isinstance(c.resume, str):
             raise UserError(f"--resume {path}: there is no run in this folder; leave the flag out "
                             "to begin one")
-    elif any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")) and (
-            not c.analyse):
-        raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
-                        "another --out")
+    elif not c.analyse:
+        fresh(c)
     c = restored(c, given, state, path, free) if state else c
     if "attacks" not in given and c.evaluate and any(getattr(c, job) for job in JOBS):
         c.attacks = []
     return check(c, given), state
+
+
+def fresh(c):
+    """UserError if a run is in --out already."""
+    if any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")):
+        raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
+                        "another --out")
 
 
 def restored(c, given, state, path, free):
@@ -2503,14 +2565,11 @@ def check(c, given):
     for name in ("d_model", "d_state", "d_hidden", "n_layers", "patch_size", "batch_size", "epochs",
                  "classes", "eval_every", "replays", "train_size", "test_size", "bench",
                  "micro_batch"):
-        if getattr(c, name) is not None and getattr(c, name) < 1:
-            refuse(name, "it must be at least 1")
+        if getattr(c, name) is not None and not 1 <= getattr(c, name) < 2 ** 31:
+            refuse(name, "it must be at least 1" if getattr(c, name) < 1 else "it is too large")
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
         if not 0 <= getattr(c, name) < math.inf:
             refuse(name, "it must be a number of at least 0")
-    for job in JOBS:
-        if getattr(c, job) and not c.evaluate:
-            raise UserError(f"--{job.replace('_', '-')} measures a checkpoint; add --evaluate CKPT")
     if any(not 0 <= v <= 1 for v in c.eps_sweep or ()):
         refuse("eps_sweep", "radii must lie in [0, 1], pixel units; 8/255, not 8")
     if c.checks and (not c.eps or c.classes < 4):
@@ -2518,8 +2577,8 @@ def check(c, given):
                         f"and {c.classes} classes")
     if c.analyse and not c.eps:
         refuse("eps", "an analysis needs a perturbation; give a radius above 0")
-    if not 0 < c.lr < math.inf:
-        refuse("lr", "it must be a number above 0")
+    if not 0 < c.lr < 1e30:
+        refuse("lr", "it must be a number above 0, below 1e30")
     if min(c.yopo) < 1:
         refuse("yopo", "both numbers must be at least 1, as in 5-3")
     if c.ads and c.control:
@@ -2594,10 +2653,25 @@ def keep_memory():
         pass
 
 
+def by_torchrun():
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def complain(words, alone=False):
+    """To stderr, by the first process of a machine if all of them meet it, else alone."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):
+            print(f"train.py: {words}", file=sys.stderr, flush=True)
+    return 2
+
+
 def main(argv=None):
     c = None
     try:
-        if "RANK" in os.environ:                                            # started by torchrun
+        for stream in filter(None, (sys.stdout, sys.stderr)):               # any name is printable
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        if by_torchrun():
             gpu = torch.cuda.is_available()
             dist.init_process_group("nccl" if gpu else "gloo")
             if gpu:
@@ -2623,17 +2697,22 @@ def main(argv=None):
             return 0
         data = load_data(c)                                             # before anything is written
         held = lock(Path(c.out)) if rank() == 0 else None
+        if rank() == 0 and not c.resume:
+            fresh(c)                                                    # nobody was faster
         train(c, data, state)
     except (UserError, FloatingPointError) as e:
-        say(f"train.py: {e}", file=sys.stderr)
-        return 2
+        return complain(e)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         why = str(e).partition("\n")[0]
-        say(f"train.py: the memory of {c.device} does not suffice ({why}); try a smaller "
-            "--micro-batch, --batch-size or model", file=sys.stderr)
-        return 2
+        return complain(f"the memory of {c.device if c else 'this machine'} does not suffice "
+                        f"({why}); try a smaller --micro-batch, --batch-size or model", True)
+    except OSError as e:                                            # a path, or nobody reads stdout
+        if e.filename is None:
+            sys.stdout = open(os.devnull, "w")
+        return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another path; a "
+                        "run goes on with --resume")
     except KeyboardInterrupt:
         goes_on = ("the same command goes on with it" if c and c.evaluate else
                    f"go on with: python train.py --resume {shlex.quote(c.out)}"
@@ -2651,7 +2730,7 @@ def main(argv=None):
 def leave(code):
     """Ends the program; a process of torchrun's at once: if a thread of gloo's frees a tensor while
     Python shuts down, it aborts what was complete (pytorch/pytorch, 179291)."""
-    if "RANK" in os.environ:
+    if by_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
