@@ -657,12 +657,17 @@ def save(run):
     run.saved = time.monotonic()
 
 
+def ours(config):
+    """Are these the settings of a run of ours?  KeyError or TypeError if not even nearly."""
+    return config["model"] in SCRIPTS and config["dataset"] in PRESETS and "seed" in config
+
+
 def read_checkpoint(path, flag):
     """The dict in a checkpoint of this program.  UserError if it is missing, damaged or foreign."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if (state["format"], state["config"]["model"] in SCRIPTS, state["epoch"] >= 0) == (
-                1, True, True) and state["config"]["dataset"] in PRESETS and state["model"]:
+        if (state["format"] == 1 and ours(state["config"]) and state["epoch"] >= 0
+                and state["model"]):
             return state
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: there is no such file; give one of a run's checkpoints, "
@@ -694,7 +699,7 @@ def read_config(out):
     """What a run's config.json says, or None if there is none.  UserError if it is no run's."""
     try:
         config = json.loads((out / "config.json").read_text())
-        if config["model"] in SCRIPTS and config["dataset"] in PRESETS and "seed" in config:
+        if ours(config):
             return config
     except FileNotFoundError:
         return None
@@ -2519,14 +2524,14 @@ def settings(argv):
             raise UserError(f"--resume {path}: there is no run in this folder; leave the flag out "
                             "to begin one")
     elif not c.analyse:
-        fresh(c)
+        not_taken(c)
     c = restored(c, given, state, path, free) if state else c
     if "attacks" not in given and c.evaluate and any(getattr(c, job) for job in JOBS):
         c.attacks = []
     return check(c, given), state
 
 
-def fresh(c):
+def not_taken(c):
     """UserError if a run is in --out already."""
     if any((Path(c.out) / name).exists() for name in ("config.json", "last.pt")):
         raise UserError(f"--out {c.out} holds another run; go on with it by --resume, or choose "
@@ -2698,7 +2703,7 @@ def main(argv=None):
         data = load_data(c)                                             # before anything is written
         held = lock(Path(c.out)) if rank() == 0 else None
         if rank() == 0 and not c.resume:
-            fresh(c)                                                    # nobody was faster
+            not_taken(c)                                                # by one that was faster
         train(c, data, state)
     except (UserError, FloatingPointError) as e:
         return complain(e)
