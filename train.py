@@ -2727,8 +2727,8 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized() and dist.get_backend() == "nccl":      # gloo's may wait for a peer
+            dist.destroy_process_group()                                # that has left; see `leave`
     return 0
 
 
