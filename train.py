@@ -679,7 +679,8 @@ def read_checkpoint(path, flag):
                         "or copy it") from None
     except Exception:                                                 # whatever a damaged file does
         pass
-    raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program")
+    raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program; give "
+                    "another, or train anew with another --out")
 
 
 def find_checkpoint(out, flag):
