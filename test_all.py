@@ -1509,18 +1509,30 @@ def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(t
     capsys.readouterr()
     assert train.main(table) == 0
     with_aa = capsys.readouterr().out.splitlines()
-    assert rows[-1]["attack"] == "aa" and with_aa[2].endswith("| Best: aa | logs |")
-    assert with_aa[4].split(" | ")[-2] == (
-        f"{100 * rows[-1]['accuracy']:.1f}, n 6: [1]({tmp_path}/b/best-evaluation.json)")
-    assert with_aa[5].split(" | ")[-2] == ""
+    assert rows[-1]["attack"] == "aa" and with_aa[2].endswith("| Best: aa | logs | evaluations |")
+    assert with_aa[4].split(" | ")[-3] == f"{100 * rows[-1]['accuracy']:.1f}, n 6, seed 1"
+    assert with_aa[4].split(" | ")[-1] == f"[1]({tmp_path}/b/best-evaluation.json) |"
+    assert with_aa[5].split(" | ")[-3:-1] == ["", f"[0]({tmp_path}/c/log.csv)"]
     for accuracy in 0.0, 1.0:                                           # of two seeds the worse
         kept = json.loads((tmp_path / "b" / "best-evaluation.json").read_text())
         kept["rows"].append(kept["rows"][-1] | {"seed": accuracy, "accuracy": accuracy})
         (tmp_path / "b" / "best-evaluation.json").write_text(json.dumps(kept))
-    assert train.main(table) == 0 and " | 0.0, n 6: [1](" in capsys.readouterr().out
+    assert train.main(table) == 0 and " | 0.0, n 6, seed 1 |" in capsys.readouterr().out
     path = tmp_path / "b" / "best-evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epoch": 77}))   # of an older Best
     assert train.main(table) == 0 and "aa" not in capsys.readouterr().out
+    size = json.loads((tmp_path / "b" / "result.json").read_text())["n_test"]
+    for n, *other in (size,), (6,), (size, "--alpha", "0"):     # the largest n, the run's own step
+        assert train.main(["--evaluate", str(tmp_path / "a" / "best.pt"), "--attacks",
+                           "pgd-official", "--test-size", str(n), *other]) == 0
+    rows = json.loads((tmp_path / "a" / "best-evaluation.json").read_text())["rows"]
+    rows = [r for r in rows if r["attack"] == "pgd-official"]
+    assert [r["n"] for r in rows] == [size, 6, size]
+    capsys.readouterr()
+    assert train.main(table) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("| Best: pgd-official | logs | evaluations |")
+    assert lines[4].split(" | ")[-3] == f"{100 * rows[0]['accuracy']:.1f}, seed 0"
     (tmp_path / "c" / "best-evaluation.json").write_text("{}")
     assert train.main(table) == 2 and "best-evaluation.json is damaged" in capsys.readouterr().err
 

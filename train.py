@@ -1036,11 +1036,16 @@ SHAPES = {"all": ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "l
           "trades": ("beta",), "free": ("replays",), "yopo": ("yopo",), "attention": ("d_hidden",)}
 
 
+LATER = ("pgd-official", "aa")        # attacks of a finished run by --evaluate that --table shows
+
+
 def results_table(folders):
     """--table: finished runs as Markdown, a line for each model: mean +- spread over its seeds.
 
     Accuracies in per cent, each as clean / PGD-10 / ...; spread is the sample standard deviation.
-    Under "Best: aa" stands what --evaluate RUN/best.pt --attacks aa left beside runs, with its n.
+    Under "Best: pgd-official" and "Best: aa" stands what --evaluate RUN/best.pt --attacks
+    pgd-official,aa left beside runs, with n where that is not all test images and with seeds where
+    those are not all of the line's.
     """
     groups, common = {}, None                       # {columns, other settings: {seed: a run}}
     for folder in folders:
@@ -1066,32 +1071,39 @@ def results_table(folders):
     alike = [f"{names[i]} {v}" for i, v in enumerate(lines[0]) if i not in vary]
     apart = list(dict.fromkeys(k for a, u in groups for b, v in groups if a == b
                                for (k, _), differs in zip(u, map(tuple.__ne__, u, v)) if differs))
-    found = [[run for run in runs.values() if run[1]["aa"]] for runs in groups.values()]
+    later = [a for a in LATER if a not in common["attacks"]
+             and any(r["later"][a] for runs in groups.values() for _, r in runs.values())]
     heads = (*(names[i] for i in vary), *(k.replace("_", "-") for k in apart), "seeds",
              *(f"{which}: {' / '.join(common['attacks'])}" for which in ("Best", "Last", "Diff")),
-             *["Best: aa"] * any(found), "logs")
+             *(f"Best: {a}" for a in later), "logs",
+             *["evaluations"] * bool(later))
     lines = [f"{common['dataset']}, {', '.join(alike)}", "",
              "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for ((columns, others), runs), hit in zip(groups.items(), found):
+    for (columns, others), runs in groups.items():
         runs = list(runs.values())
         cells = [*(str(columns[i]) for i in vary), *(dict(others).get(k, "") for k in apart),
                  str(len(runs)), *(" / ".join(spread([100 * r[which][a] for _, r in runs])
                                               for a in common["attacks"])
                                    for which in ("Best", "Last", "Diff"))]
-        if hit:
-            accuracies, sizes = zip(*(r["aa"] for _, r in hit))
+        for attack in later:
+            hit = {r["config"]["seed"]: r["later"][attack] for _, r in runs if r["later"][attack]}
+            accuracies, sizes = zip(*hit.values()) if hit else ((), (columns[-1],))
             n = " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes)))))
-            cells.append(f"{spread(accuracies)}, n {n}: {links(hit, 'best-evaluation.json')}")
-        elif any(found):
-            cells.append("")
-        lines.append("| " + " | ".join([*cells, links(runs, "log.txt", "log.csv")]) + " |")
+            cells.append((spread(accuracies) if hit else "")
+                         + f", n {n}" * (n != str(columns[-1]))
+                         + f", seed {' '.join(map(str, hit))}" * (0 < len(hit) < len(runs)))
+        cells.append(links(runs, "log.txt", "log.csv"))
+        if later:
+            hit = [run for run in runs if any(run[1]["later"][attack] for attack in later)]
+            cells.append(links(hit, "best-evaluation.json"))
+        lines.append("| " + " | ".join(cells) + " |")
     print("\n".join(lines))
 
 
 def read_result(folder):
-    """result.json of a finished run, and under "aa" its best.pt's (per cent, n) under AutoAttack
-    at the run's eps, of the largest n, the worst of several seeds, from what --evaluate left in
-    the folder, or None."""
+    """result.json of a finished run, and under "later" its best.pt's (per cent, n) under each
+    attack of LATER at the run's eps and alpha, of the largest n, the worst of several seeds, from
+    what --evaluate left in the folder, or None."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
         c, best = result["config"], result["Best"]["epoch"]
@@ -1107,13 +1119,14 @@ def read_result(folder):
     file = Path(folder) / "best-evaluation.json"
     try:
         kept = json.loads(file.read_text()) if file.exists() else {"rows": []}
-        found = [(int(r["n"]), 100 * float(r["accuracy"])) for r in kept["rows"]
-                 if (r["attack"], r["eps"]) == ("aa", c["eps"]) and kept.get("epoch", best) == best]
+        found = [(int(r["n"]), -100 * float(r["accuracy"]), r["attack"]) for r in kept["rows"]
+                 if r["eps"] == c["eps"] and kept.get("epoch", best) == best
+                 and (r["attack"] == "aa" or r["alpha"] == c["alpha"])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--table {folder}: its best-evaluation.json is damaged; evaluate best.pt "
                         "again, or remove the file") from None
-    most = max((n for n, _ in found), default=None)
-    return result | {"aa": min((v, n) for n, v in found if n == most) if found else None}
+    worst = {attack: (-v, n) for n, v, attack in sorted(found)}
+    return result | {"later": {attack: worst.get(attack) for attack in LATER}}
 
 
 def links(runs, *files):
