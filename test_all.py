@@ -1483,6 +1483,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
     assert log(tmp_path / "run") == whole[0]
     assert all(torch.equal(v, whole[1][k]) for k, v in weights(tmp_path / "run").items())
+    assert trains(tmp_path / "run", *words, "--resume") == 0        # of a finished run: the test
+    assert "trained to its end" in capsys.readouterr().out and log(tmp_path / "run") == whole[0]
 
 
 def test_the_table_gives_each_model_a_line_with_mean_and_spread_over_its_seeds(tmp_path, capsys):

@@ -926,7 +926,8 @@ def train(c, data, state=None):
         greet(run, n)
         save(run)
     else:
-        say(f"{c.out}: going on at epoch {run.epoch + 1}, batch {run.batch + 1}")
+        say(f"{c.out}: " + (f"going on at epoch {run.epoch + 1}, batch {run.batch + 1}"
+                            if run.epoch < run.epochs else "trained to its end; the test is left"))
         write_log(run)                                                  # if it was cut before it
     stop_at_signal(run)
     columns = [f"{f'{name} {kind}':>12}" for name in watched(c) for kind in ("clean", "pgd-10")]
