@@ -18,17 +18,18 @@ Glossary   y  (..., d_model)  output of a sequence map        d  d_model, the nu
 Not here   anything else that the three scripts share: that is repeated in each of them.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
-CONTROLS = ("gelu", "glu", "mlp", "scale", "shift")
+ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
+CONTROLS = ("relu", "gelu", "glu", "mlp", "mlp-relu", "scale", "shift")
 
 
 class AdaptiveScaling(nn.Module):
     """act(W1 y + b1) * y + act(W2 y + b2).             Qi et al. 2024 (2406.05532), AdS
 
     d_model     int    channels d; 2 (d^2 + d) parameters
-    activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift
+    activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift; "gelu" is ours
     only        str | None  "scale": t = 0;  "shift": s = 1;  (d^2 + d) parameters. An ablation
 
     (..., d_model) -> (..., d_model), token by token.   ValueError for another activation, or only.
@@ -76,10 +77,11 @@ def middle(d_model, ads=None, control=None):
     pure SSM).
 
     d_model  int         channels d at that place
-    ads      str | None  the activation of AdS: "relu" | "sigmoid" | "tanh"
-    control  str | None  "gelu"  one plain non-linearity, no parameters
+    ads      str | None  the activation of AdS: "relu" | "sigmoid" | "tanh" | "gelu"
+    control  str | None  "relu", "gelu"  one plain non-linearity, no parameters
                          "glu"   GELU, Linear(d, 2d), GLU: the usual S4 block; parameters as AdS
                          "mlp"   Linear, GELU, Linear: as many parameters as AdS, no product with y
+                         "mlp-relu"  the same with AdS's ReLU in the place of GELU
                          "scale", "shift"  one half of ReLU-AdS: s(y) * y, y + t(y)
 
     Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
@@ -89,12 +91,13 @@ def middle(d_model, ads=None, control=None):
                          "give one of them")
     if ads:
         return AdaptiveScaling(d_model, ads)
-    if control == "gelu":
-        return nn.GELU()
+    if control in ("relu", "gelu"):
+        return nn.ReLU() if control == "relu" else nn.GELU()
     if control == "glu":
         return nn.Sequential(nn.GELU(), nn.Linear(d_model, 2 * d_model), nn.GLU())
-    if control == "mlp":
-        return nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+    if control in ("mlp", "mlp-relu"):
+        activation = nn.GELU() if control == "mlp" else nn.ReLU()
+        return nn.Sequential(nn.Linear(d_model, d_model), activation, nn.Linear(d_model, d_model))
     if control in ("scale", "shift"):
         return AdaptiveScaling(d_model, "relu", only=control)
     if control:

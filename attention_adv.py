@@ -330,21 +330,23 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 
     loss   function   points (B, C, h, w) -> a scalar, summed over the batch
     start  like x     the first point, projected before its gradient is taken
+    alpha  float, or a list of steps floats: a step size for each step
     The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
     move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
     0, so the attack would silently stop and report robustness.
     """
     if ((x < -1e-6) | (x > 1 + 1e-6)).any():                                # rounding may stay
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
+    alphas = alpha if isinstance(alpha, list) else [alpha] * steps
     low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
     x_adv = start.detach().clamp(low, high)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():
-        for _ in range(steps if len(x) else 0):
+        for step_size in alphas if len(x) else ():
             x_adv.requires_grad_()
             grad, = torch.autograd.grad(loss(x_adv), x_adv)
             finite = finite & grad.isfinite().all()
-            x_adv = (x_adv.detach() + alpha * grad.sign()).clamp(low, high)
+            x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     if not finite:
         raise FloatingPointError("the attack met a gradient that is not finite")
     return x_adv.detach()
@@ -365,7 +367,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units
+    alpha   float         step, pixel units; or a list, one for each step
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their

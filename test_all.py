@@ -469,7 +469,8 @@ def test_megas_attention_is_a_probability_and_its_bias_depends_on_the_distance_a
 # ---- Adaptive Scaling, and the controls that stand in its place ----------------------------------
 
 @pytest.mark.parametrize("activation, act", [
-    ("relu", lambda v: np.maximum(v, 0)), ("sigmoid", lambda v: sigmoid(v)), ("tanh", np.tanh)])
+    ("relu", lambda v: np.maximum(v, 0)), ("sigmoid", lambda v: sigmoid(v)), ("tanh", np.tanh),
+    ("gelu", lambda v: F.gelu(torch.as_tensor(v)).numpy())])
 def test_ads_is_s_of_y_times_y_plus_t_of_y_token_by_token(activation, act):
     layer, y = scrambled(ads.AdaptiveScaling(4, activation)), randn(2, 3, 4)
     w = {key: v.numpy() for key, v in layer.state_dict().items()}
@@ -478,13 +479,17 @@ def test_ads_is_s_of_y_times_y_plus_t_of_y_token_by_token(activation, act):
         close(result, s * token + t, 1e-12)
 
 
-def test_the_controls_are_gelu_glu_and_a_perceptron():
+def test_the_controls_are_an_activation_glu_and_a_perceptron():
     y, act = randn(2, 3, 4), lambda v: 0.5 * v * (1 + torch.erf(v / 2 ** 0.5))
-    glu, mlp = (scrambled(ads.middle(4, control=control)) for control in ("glu", "mlp"))
+    glu, mlp, relu_mlp = (scrambled(ads.middle(4, control=control))
+                          for control in ("glu", "mlp", "mlp-relu"))
     (W, b), (V, c, U, d) = glu.parameters(), mlp.parameters()
+    S, e, T, f = relu_mlp.parameters()
     value, gate = (act(y) @ W.T + b).split(4, -1)
     for layer, expected in [(ads.middle(4), y), (ads.middle(4, control="gelu"), act(y)),
-                            (glu, value * torch.sigmoid(gate)), (mlp, act(y @ V.T + c) @ U.T + d)]:
+                            (ads.middle(4, control="relu"), y.clamp(min=0)),
+                            (glu, value * torch.sigmoid(gate)), (mlp, act(y @ V.T + c) @ U.T + d),
+                            (relu_mlp, (y @ S.T + e).clamp(min=0) @ T.T + f)]:
         close(layer(y), expected)
 
 
@@ -497,10 +502,10 @@ def test_half_of_ads_is_ads_with_the_other_half_at_its_neutral_value():
 
 
 @pytest.mark.parametrize("d", [1, 5, 128])
-def test_ads_glu_and_mlp_have_2_d_squared_plus_d_parameters_half_ads_half_gelu_none(d):
+def test_ads_glu_and_mlp_have_2_d_squared_plus_d_parameters_half_ads_half_of_that(d):
     counts = [sum(w.numel() for w in ads.middle(d, **options).parameters()) for options in MIDDLES]
     n = 2 * (d * d + d)
-    assert counts == [0, n, n, n, 0, n, n, n / 2, n / 2]
+    assert counts == [0, n, n, n, n, 0, 0, n, n, n, n / 2, n / 2]
 
 
 # ---- Parity: all five models once more, in numpy, as the papers write them -----------------------
@@ -755,7 +760,7 @@ def test_weight_decay_is_for_the_weights_of_linear_and_conv_layers_alone(name):
        "images must lie in .0, 1.; a normalisation belongs into the model") for m in MODELS
       for f in (lambda s, *at: s.fgsm(*at, EPS), lambda s, *at: s.pgd(*at, EPS, ALPHA, 2),
                 lambda s, *at: s.trades_loss(*at, EPS, ALPHA, 2, 6.0))),
-    (lambda: ads.middle(4, control="rnn"), "control 'rnn' is unknown; .* gelu, glu, mlp, scale"),
+    (lambda: ads.middle(4, control="rnn"), "control .rnn. is unknown; .* relu, gelu, glu, mlp,"),
     *((lambda m=m: tiny(m, ads="relu", control="mlp"), "'relu' and control='mlp' name two things")
       for m in MODELS),
     *((lambda m=m, P=P: tiny(m, patch_size=P)(images()[0]),
@@ -822,6 +827,18 @@ def test_an_attack_takes_one_gradient_per_step_in_eval_mode(script, attack):
     assert spy.asked == [False] * before + [True] * steps + [False] * after
     assert spy.modes == [False] * (before + steps) + [True] * after
     assert attack != "fgsm" or torch.equal(spy.fed[0], x)               # it has no random start
+
+
+def test_a_list_of_step_sizes_is_taken_one_after_another(script):
+    x, slope = torch.full((3, 2, 4, 6), 0.5, dtype=torch.float64), linear()
+    spy = Spy(slope)
+    script.pgd(spy, x, torch.zeros(3).long(), 0.4, [0.02, 0.01, 0.005], 3)
+    moved = [float((b - a).abs().amax()) for a, b in zip(spy.fed, spy.fed[1:])]
+    close(moved, [0.02, 0.01], 1e-7)
+    torch.manual_seed(1)
+    falling = script.pgd(slope, x, torch.zeros(3).long(), 0.4, [0.02, 0.02], 2)
+    torch.manual_seed(1)
+    close(script.pgd(slope, x, torch.zeros(3).long(), 0.4, 0.02, 2), falling, 0)
 
 
 @pytest.mark.parametrize("fails_at", [None, 1, 2])
@@ -1440,6 +1457,16 @@ def test_eps_and_alpha_grow_linearly_through_the_warm_up(tmp_path, monkeypatch):
     )
     close([e for e, _ in seen], [0, 0.1, 0.2, 0.3, 0.4, 0.4])
     close([a for _, a in seen], [0, 0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+def test_alphas_are_the_steps_of_the_attack_in_training_and_grow_with_the_warm_up(
+        tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "attacked", lambda c, method, model, x, y, eps, alpha: seen.append(
+        alpha) or x)
+    words = "--epochs 2 --eps-warmup 1 --eps 0.4 --alphas 0.2,0.1 --alpha 0.3".split()
+    assert trains(tmp_path / "run", *TINY, *words) == 0                     # two batches an epoch
+    close(seen, [[0, 0], [0.1, 0.05], [0.2, 0.1], [0.2, 0.1]])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_or_is_dropped_and_counted(
@@ -2443,7 +2470,9 @@ BAD = {
     "--model lstm": "invalid choice: 'lstm'",
     "--method fast": "invalid choice: 'fast'",
     "--dataset svhn": "invalid choice: 'svhn'",
-    "--ads gelu": "invalid choice: 'gelu'",
+    "--ads swish": "invalid choice: 'swish'",
+    "--alphas 0.1,0.05": "--alphas [0.1, 0.05]: give one for each of the 10 --steps",
+    "--alphas 2,1 --steps 2": "--alphas [2.0, 1.0]: they must lie in [0, 1], pixel units",
     "--eps 8": "--eps 8.0: it must lie in [0, 1], pixel units; 8/255, not 8",
     "--eps eight": "eight is no number; write it as 8/255 or 0.031",
     "--alpha -0.1": "--alpha -0.1: it must lie in [0, 1]",

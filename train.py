@@ -814,6 +814,8 @@ def train_batch(run, x, y, n):
     c, at = run.c, (run.epoch + run.batch / run.batches) * replays(run.c)
     ramp = min(1.0, at / c.eps_warmup) if c.eps_warmup else 1.0
     eps, alpha = ramp * c.eps, ramp * c.alpha
+    if c.alphas:
+        alpha = [ramp * a for a in c.alphas]
 
     @reduced(c)
     def backward():
@@ -1033,7 +1035,7 @@ def finish(run, data):
 # What makes two runs different experiments though the columns of a table, those of results_table,
 # are the same: then it gets a column more.
 SHAPES = {"all": ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
-                  "eps_warmup", "precision", "classes"),
+                  "eps_warmup", "precision", "classes", "alphas"),
           "trades": ("beta",), "free": ("replays",), "yopo": ("yopo",), "attention": ("d_hidden",)}
 
 
@@ -2384,6 +2386,9 @@ def parser():
          help="radius eps of the l_inf ball, pixel units in [0, 1], 8/255")
     flag("--alpha", "--step-size", type=fraction, shown=by + ", in proportion to --eps",
          help="attack step alpha, pixel units")
+    flag("--alphas", type=lambda text: [fraction(v) for v in text.split(",")], metavar="A,A",
+         shown="--alpha at each",
+         help="pgd, trades: a step size for each step of the attack in training, pixel units")
     flag("--steps", "--num-steps", type=int, metavar="K", help="attack steps in training", shown=by)
     flag("--beta", type=float, help="TRADES: weight of the robust term, no unit", shown=by)
     flag("--replays", type=int, default=4, metavar="M",
@@ -2601,6 +2606,10 @@ def check(c, given):
         refuse("lr", "it must be a number above 0, below 1e30")
     if min(c.yopo) < 1:
         refuse("yopo", "both numbers must be at least 1, as in 5-3")
+    if c.alphas and (c.method not in ("pgd", "trades") or len(c.alphas) != c.steps):
+        refuse("alphas", f"give one for each of the {c.steps} --steps, with --method pgd or trades")
+    if any(not 0 <= a <= 1 for a in c.alphas or ()):
+        refuse("alphas", "they must lie in [0, 1], pixel units; 2/255, not 2")
     if c.ads and c.control:
         refuse("control", f"it stands in the place of --ads {c.ads}; give one of them")
     if c.model in ("s4", "dss") and c.d_state % 2:
