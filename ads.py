@@ -47,43 +47,29 @@ class AdaptiveScaling(nn.Module):
         self.shift = nn.Linear(d_model, d_model) if only != "scale" else None      # W2, b2
 
     def scale_and_shift(self, y):
-        """s(y), t(y): each (..., d_model), the two halves of AdS, to be looked at."""
+        """s(y), t(y): each (..., d_model), the two halves of AdS."""
         act = ACTIVATIONS[self.activation]
-        return (act(self.scale(y)) if self.scale else torch.ones_like(y),
-                act(self.shift(y)) if self.shift else torch.zeros_like(y))
+        s = act(self.scale(y)) if self.scale else torch.ones_like(y)
+        t = act(self.shift(y)) if self.shift else torch.zeros_like(y)
+        return s, t
 
     def forward(self, y):
         s, t = self.scale_and_shift(y)
         return torch.addcmul(t, s, y)                                       # s * y + t
 
 
-def error_parts(ads, y, y_adv):
-    """AdS(y') - AdS(y) = s' (y' - y) + (s' - s) y + (t' - t), term by term.       Derived here, P5
-
-    ads       AdaptiveScaling
-    y, y_adv  (..., d_model)   clean and attacked input
-
-    Returns the error scaled, the clean y rescaled, the shift's change, each (..., d_model); and
-    where nothing is left of the error, since s, s', t and t' are all 0: ReLU with both
-    pre-activations <= 0 before and after, bool (..., d_model).
-    """
-    (s, t), (s_adv, t_adv) = ads.scale_and_shift(y), ads.scale_and_shift(y_adv)
-    removed = (s == 0) & (s_adv == 0) & (t == 0) & (t_adv == 0)
-    return s_adv * (y_adv - y), (s_adv - s) * y, t_adv - t, removed
-
-
 def middle(d_model, ads=None, control=None):
-    """What stands between sequence map and output Linear: AdS, a control, or nothing (the paper's
-    pure SSM).
+    """What stands in the middle of a block: AdS, a control, or nothing (the paper's pure SSM).
 
-    d_model  int         channels d at that place
+    d_model  int         channels d at that place, between sequence map and output Linear
     ads      str | None  the activation of AdS: "relu" | "sigmoid" | "tanh" | "gelu"
-    control  str | None  "relu", "gelu"  one plain non-linearity, no parameters
-                         "glu"   GELU, Linear(d, 2d), GLU: the usual S4 block; parameters as AdS
-                         "mlp"   Linear, GELU, Linear: as many parameters as AdS, no product with y
-                         "mlp-relu"  the same with AdS's ReLU in the place of GELU
+    control  str | None  "relu", "gelu"    one plain non-linearity, no parameters
+                         "glu"             GELU, Linear(d, 2d), GLU: the usual S4 block
+                         "mlp"             Linear, GELU, Linear: no product with y
+                         "mlp-relu"        the same with AdS's ReLU in the place of GELU
                          "scale", "shift"  one half of ReLU-AdS: s(y) * y, y + t(y)
 
+    "glu", "mlp" and "mlp-relu" have as many parameters as AdS.
     Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
     """
     if ads and control:
@@ -91,8 +77,10 @@ def middle(d_model, ads=None, control=None):
                          "give one of them")
     if ads:
         return AdaptiveScaling(d_model, ads)
-    if control in ("relu", "gelu"):
-        return nn.ReLU() if control == "relu" else nn.GELU()
+    if control == "relu":
+        return nn.ReLU()
+    if control == "gelu":
+        return nn.GELU()
     if control == "glu":
         return nn.Sequential(nn.GELU(), nn.Linear(d_model, 2 * d_model), nn.GLU())
     if control in ("mlp", "mlp-relu"):

@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Adversarial training of state space model plus attention: Mega, with Adaptive Scaling.
 
-    python attention_adv.py              # MNIST if ./data has it, else drawn digits
+    python attention_adv.py              # torchvision downloads MNIST to ./data if it is not there
     python attention_adv.py --epochs 8 --data-dir DIR
 
-    MNIST: 3000 training and 1000 test images, PGD-AT, eps 0.100
-                 parameters   clean   PGD-10
-    without AdS      39,532   25.3%   17.8%
-    with AdS         56,172   27.0%   20.7%
-
-77 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits it stays at chance in this
-short a run: give it --epochs.
+    @DEMO@
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mega   Ma et al. 2023, arXiv 2209.10655          TRADES  Zhang et al. 2019, 1901.08573
@@ -18,8 +12,9 @@ Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2
 Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel's average,
            V = d_hidden channels of values, Z = d_attn channels of queries and keys
            u (B, L, H) input of a map, y its output, x image, delta its perturbation
-           q = 1 - p a decay of the average (p the paper's alpha, a its delta), K its kernel
-           eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
+           K convolution kernel, K_hat its Fourier transform
+           eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8). Mega's own
+           alpha, delta, beta, gamma are parameters of its maps: see EMA
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout,
            warm-up, input normalisation: not in the protocol. Chunking, Laplace attention.
 
@@ -27,11 +22,13 @@ The whole program is this file and ads.py: copy the two.
 """
 import argparse
 import math
+import sys
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ads import middle
 
@@ -58,19 +55,26 @@ def vandermonde(c, log_lam, L):
 class EMA(nn.Module):
     """Two-sided damped moving average with N states per channel.          Ma et al. 2023, Sec. 3.1
 
+        h_t = q h_{t-1} + p beta u_t,   y_t = gamma h_t / sqrt(N)   forwards, the same backwards in
+        time with parameters of its own, and their sum plus omega u.
+
+    in the paper       in Mega's code, and here    what it is
+    alpha              p = sigmoid(delta)          how much of the input enters, in (0, 1)
+    1 - alpha * delta  q = 1 - p sigmoid(alpha)    the decay A' of a state, damped, in (0, 1)
+    beta               beta                        input weights of the states: B' = p beta
+    eta                gamma                       output weights: C = gamma / sqrt(N)
+
     d_model  int  channels H
     d_state  int  states N of each channel and direction
 
-    (B, L, H) -> (B, L, H): one pass forward, one backward in time, their sum plus omega u.
-    It is a diagonal SSM: A' = q = 1 - p a in (0, 1), B' = p beta, C = gamma / sqrt(N), D = omega.
+    (B, L, H) -> (B, L, H).
     """
 
     def __init__(self, d_model, d_state=16):
         super().__init__()
         size = (2 * d_model, d_state)                                       # forward, then backward
-        # Names as in Mega's code: the paper's alpha is p, its delta (damping) a, its eta gamma.
-        self.delta = nn.Parameter(0.2 * torch.randn(size))                  # p = sigmoid(delta)
-        self.alpha = nn.Parameter(0.2 * torch.randn(size))                  # a = sigmoid(alpha)
+        self.delta = nn.Parameter(0.2 * torch.randn(size))
+        self.alpha = nn.Parameter(0.2 * torch.randn(size))
         sign = 1.0 - 2.0 * (torch.arange(d_state) % 2)
         self.beta = nn.Parameter(0.02 * torch.randn(size) + sign)
         self.gamma = nn.Parameter(torch.randn(size))
@@ -78,40 +82,59 @@ class EMA(nn.Module):
 
     def matrices(self):
         """log q and p beta gamma / sqrt(N), each (2H, N)."""
-        p, a = torch.sigmoid(self.delta), torch.sigmoid(self.alpha)
-        log_q = torch.log1p((-p * a).clamp(min=2.0 ** -24 - 1))             # finite: q > 0
+        p = torch.sigmoid(self.delta)
+        damping = torch.sigmoid(self.alpha)
+        # q > 0, so that its logarithm is finite in float32, too.
+        log_q = torch.log1p((-p * damping).clamp(min=2.0 ** -24 - 1))
         return log_q, p * self.beta * self.gamma / math.sqrt(self.gamma.shape[1])
 
+    def recurrence(self, u):
+        """The definition, step by step, in both directions."""
+        log_q, c = self.matrices()
+        forward, backward = zip(log_q.exp().chunk(2), c.chunk(2))           # (q, c), each (H, N)
+        y = self.average(u, *forward) + self.average(u.flip(1), *backward).flip(1)
+        return y + self.omega * u                                           # (B, L, H)
+
+    @staticmethod
+    def average(u, q, c):
+        """sum_n c_n h_t with h_t = q h_{t-1} + u_t."""
+        h = torch.zeros_like(c).expand(len(u), -1, -1)                      # (B, H, N)
+        ys = []
+        for u_t in u.unbind(1):
+            h = q * h + u_t[..., None]
+            ys.append((c * h).sum(-1))
+        return torch.stack(ys, 1)
+
     def kernel(self, L):
-        """K (H, 2L), for FFTs of length 2L: entry s < L weighs the token s steps back, entry 2L - s
-        that s steps ahead, entry L nothing; omega is in K_0."""
+        """K (H, 2L): how much the token s steps back weighs, at s, and s steps ahead, at 2L - s.
+
+        An FFT of length 2L convolves on a circle, where s steps ahead are 2L - s steps back. So
+        the backward kernel stands mirrored at the end, entry L is 0, and omega is in K_0.
+        """
         log_q, c = self.matrices()
         back, ahead = vandermonde(c, log_q, L).chunk(2)                     # (H, L) each
         here = back[:, :1] + ahead[:, :1] + self.omega[:, None]
         return torch.cat([here, back[:, 1:], torch.zeros_like(here), ahead[:, 1:].flip(1)], 1)
 
-    def recurrence(self, u):
-        """The definition: h_t = q h_{t-1} + p beta u_t, y_t = gamma h_t / sqrt(N), both ways."""
-        log_q, c = self.matrices()
-        total = self.omega * u
-        for log_q, c, flip in zip(log_q.chunk(2), c.chunk(2), (False, True)):
-            h, ys = torch.zeros_like(c).expand(len(u), -1, -1), []          # (B, H, N)
-            for u_t in (u.flip(1) if flip else u).unbind(1):
-                h = log_q.exp() * h + u_t[..., None]
-                ys.append((c * h).sum(-1))
-            y = torch.stack(ys, 1)
-            total = total + (y.flip(1) if flip else y)
-        return total                                                        # (B, L, H)
-
     def forward(self, u):
         L = u.shape[1]
-        K_hat = once(self, L, lambda: torch.fft.rfft(self.kernel(L)))       # (H, L+1)
-        u_hat = torch.fft.rfft(u.transpose(1, 2).to(K_hat.real.dtype), 2 * L)      # (B, H, L+1)
-        return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].transpose(1, 2)
+        if len(u) == 0:
+            return u                                        # MKL's FFT refuses an empty batch
+
+        def transformed_kernel():
+            return torch.fft.rfft(self.kernel(L))                           # (H, L+1)
+        K_hat = once(self, L, transformed_kernel)
+        u_hat = torch.fft.rfft(u.mT.to(K_hat.real.dtype), 2 * L)            # (B, H, L+1)
+        return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].mT            # (B, L, H)
 
 
 class Mega(nn.Module):
     """Moving average equipped gated attention.                            Ma et al. 2023, Sec. 3.2
+
+        update, z, reset, candidate = Linear(SiLU(EMA(u)))       phi, Z, gamma, h of Eq. (7) to (14)
+        mixed = softmax(q k^T / sqrt(Z) + bias) SiLU(Linear(u))  q, k from z; values from u
+        new = SiLU(candidate + Linear([AdS](SiLU(reset) * mixed)))
+        y = sigmoid(update) * new + (1 - sigmoid(update)) * u
 
     d_model       int         channels H
     d_state       int         states N of the moving average
@@ -126,7 +149,7 @@ class Mega(nn.Module):
     def __init__(self, d_model, d_state=16, d_hidden=256, d_attn=64, max_len=1024, ads=None,
                  control=None):
         super().__init__()
-        self.sizes = d_model, d_attn, d_hidden, d_model                     # update, z, reset, here
+        self.sizes = [d_model, d_attn, d_hidden, d_model]       # update, z, reset, candidate
         self.ema = EMA(d_model, d_state)
         self.values = nn.Linear(d_model, d_hidden)
         self.gates = nn.Linear(d_model, sum(self.sizes))
@@ -140,80 +163,37 @@ class Mega(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def relative_bias(self, L):
-        """b_{j-i} as a matrix (L, L)."""
+        """b_{j-i} as a matrix (L, L): row i reads b_{-i} .. b_{L-1-i}."""
         max_len = (len(self.bias) + 1) // 2
         if L > max_len:
             raise ValueError(f"{L} tokens are more than max_len {max_len}; build the model with "
                              f"max_len={L}")
-        return self.bias[max_len - L:max_len + L - 1].unfold(0, L, 1).flip(0)
+        used = self.bias[max_len - L:max_len + L - 1]                       # b_{1-L} .. b_{L-1}
+        return used.unfold(0, L, 1).flip(0)
 
     def attention(self, z):
         """softmax(q k^T / sqrt(Z) + bias), rows sum to 1; z (B, L, Z) -> (B, L, L)."""
-        (b, L, Z), gamma, beta = z.shape, self.gamma, self.beta
-        q = torch.addcmul(beta[0], gamma[0], z) * Z ** -0.5                 # (B, L, Z)
-        k = torch.addcmul(beta[1], gamma[1], z)                             # (B, L, Z)
+        B, L, Z = z.shape
+        q = torch.addcmul(self.beta[0], self.gamma[0], z) * Z ** -0.5       # (B, L, Z)
+        k = torch.addcmul(self.beta[1], self.gamma[1], z)                   # (B, L, Z)
         bias = once(self, L, lambda: self.relative_bias(L))
-        return torch.softmax(torch.baddbmm(bias.expand(b, L, L), q, k.mT), -1)
+        return torch.softmax(torch.baddbmm(bias.expand(B, L, L), q, k.mT), -1)
+
+    def split_gates(self, u):
+        """update (B, L, H), z (B, L, Z), reset (B, L, V), candidate (B, L, H)."""
+        return self.gates(F.silu(self.ema(u))).split(self.sizes, -1)
 
     def mixing(self, u):
         """Attention (B, L, L) and the values (B, L, V) that it mixes, to be looked at."""
-        z = self.gates(F.silu(self.ema(u))).split(self.sizes, -1)[1]
+        _, z, _, _ = self.split_gates(u)
         return self.attention(F.silu(z)), F.silu(self.values(u))
 
     def forward(self, u):
-        values = F.silu(self.values(u))                                     # (B, L, V)
-        update, z, reset, here = self.gates(F.silu(self.ema(u))).split(self.sizes, -1)
-        mixed = self.attention(F.silu(z)) @ values                          # (B, L, V)
-        new = F.silu(here + self.out(self.middle(mixed * F.silu(reset))))   # (B, L, H)
-        update = torch.sigmoid(update).to(u.dtype)                          # autocast: bf16
-        return torch.lerp(u, new.to(u.dtype), update)                       # u + update (new - u)
-
-
-# --------------------------------------------------------------------------------------------------
-# What a perturbation can do to the average, which is fixed, and to attention
-# --------------------------------------------------------------------------------------------------
-
-def gain(ema, L):
-    """max_t sum_{s = t-L+1}^{t} |K_s| = max |dy|_inf over |du|_inf <= 1.          Derived here, P1
-
-    ema  EMA, in float64                                        L  int  tokens
-
-    |dy_t| <= sum_s |K_s| |du_{t-s}|, an equality for du_{t-s} = sign K_s. The kernel has two sides:
-    the worst t is where the two partial sums, of L numbers in all, are largest together.
-    Returns the gain (H,) and du (1, L, H), which reaches it in every channel, each at its t.
-    """
-    K = ema.kernel(L)                                                       # (H, 2L)
-    ahead = F.pad(K.abs()[:, L:].flip(1).cumsum(1)[:, :-1], (1, 0))         # of the next 0 .. L-1
-    total, t = (K.abs()[:, :L].cumsum(1) + ahead.flip(1)).max(1)            # (H,)
-    s = (t[:, None] - torch.arange(L, device=t.device)) % (2 * L)           # (H, L)
-    return total, K.sign().gather(1, s).T[None]
-
-
-def gain_bounds(ema, L):
-    """sup_w |K^(w)| <= ||K||_1 and gain <= ||K||_1 <= |omega| + sum_n |c_n| (1 - q_n^L)/(1 - q_n).
-
-    Arguments as gain. Returns the two outer ends (H,); w on the 2L-th roots of 1.  Derived here, P2
-    ||K||_1 takes all 2L - 1 lags; one output sees L of them, so sup |K^| may exceed the gain.
-    """
-    log_q, c = ema.matrices()                                               # (2H, N), two sides
-    modal = (c.abs() * torch.expm1(L * log_q) / torch.expm1(log_q)).sum(1)
-    return torch.fft.rfft(ema.kernel(L)).abs().amax(1), ema.omega.abs() + sum(modal.chunk(2))
-
-
-def attention_error(P, V, P_adv, V_adv):
-    """|P'V' - PV| <= max_s |V'_s - V_s| + TV(P', P) osc(V): clipped.              Derived here, P4
-
-    P, V, P_adv, V_adv  (B, L, L), (B, L, V)  probabilities in rows and values, clean and attacked
-
-    P'V' - PV = P'(V' - V) + (P' - P)(V - m): P' - P has rows of sum 0, so any m per channel may go.
-    With m in the middle of V's range the last is at most |P' - P|_1 / 2 = TV times the range, osc.
-    TV <= 1: however far the scores move, the error stays below the range of the values.
-    Returns |P'V' - PV| and its bound (B, L, V), TV (B, L, 1), osc (B, 1, V).
-    """
-    tv = (P_adv - P).abs().sum(-1, keepdim=True) / 2
-    osc = V.amax(1, keepdim=True) - V.amin(1, keepdim=True)
-    bound = (V_adv - V).abs().amax(1, keepdim=True) + tv * osc
-    return (P_adv @ V_adv - P @ V).abs(), bound, tv, osc
+        update, z, reset, candidate = self.split_gates(u)
+        mixed = self.attention(F.silu(z)) @ F.silu(self.values(u))          # (B, L, V)
+        new = F.silu(candidate + self.out(self.middle(mixed * F.silu(reset))))      # (B, L, H)
+        # u + sigmoid(update) (new - u); under autocast the gates come in another dtype.
+        return torch.lerp(u, new.to(u.dtype), torch.sigmoid(update).to(u.dtype))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,7 +244,8 @@ class Classifier(nn.Module):
 
     def embed(self, x):
         """Images -> tokens (B, L, H): the one affine layer that YOPO differentiates repeatedly."""
-        P, (h, w) = self.patches.kernel_size[0], x.shape[-2:]
+        P = self.patches.kernel_size[0]
+        h, w = x.shape[-2:]
         if h % P or w % P:
             raise ValueError(f"patch size {P} does not divide an image of {h} x {w}")
         return self.patches(x).flatten(2).transpose(1, 2)                   # (B, L, H), row by row
@@ -281,85 +262,6 @@ class Classifier(nn.Module):
 
 # --- shared text: the same in s4_adv.py, mamba_adv.py and attention_adv.py (a test compares) ---
 
-MEMO = {}       # module -> what `once` made from its weights; filled within `frozen` only
-
-
-@contextmanager
-def frozen(model):
-    """Within it weights are constants: eval mode, no weight gradients, each kernel computed once.
-
-    Every attack runs in it, and so does evaluation. It may be nested; mode, requires_grad and MEMO
-    are as before afterwards, also when an exception is raised.
-    """
-    modes = [(m, m.training, m in MEMO) for m in model.modules()]
-    wanted = [(w, w.requires_grad) for w in model.parameters()]
-    try:
-        MEMO.update((m, {}) for m, _, nested in modes if not nested)
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for m, training, nested in modes:
-            m.training = training
-            if not nested:
-                MEMO.pop(m, None)
-        for w, wants in wanted:
-            w.requires_grad_(wants)
-
-
-def once(module, key, make):
-    """make(), a function of the module's weights; within `frozen` its first result serves again.
-
-    Until a weight is another tensor or its version counter moves (.data and fused optimisers do not
-    move it: keep them out of `frozen`); never while a weight wants a gradient, or where
-    torch.compile traces. Autocast is off: kernels need all their bits.
-    """
-    weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
-    with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
-        if (torch.compiler.is_compiling() or module not in MEMO
-                or any(w.requires_grad for w in weights)):
-            return make()
-        memo, key = MEMO[module], (key, *((w.data_ptr(), w._version) for w in weights))
-        if key not in memo:
-            memo.clear()
-            memo[key] = make(), [w.detach() for w in weights]   # held, so are their addresses
-        return memo[key][0]
-
-
-def ascend(model, loss, x, start, eps, alpha, steps):
-    """x_{k+1} = Proj(x_k + alpha sign grad loss(x_k)), Proj on |x' - x|_inf <= eps and [0, 1].
-
-    loss   function   points (B, C, h, w) -> a scalar, summed over the batch
-    start  like x     the first point, projected before its gradient is taken
-    alpha  float, or a list of steps floats: a step size for each step
-    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
-    move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
-    0, so the attack would silently stop and report robustness.
-    """
-    if ((x < -1e-6) | (x > 1 + 1e-6)).any():                                # rounding may stay
-        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
-    alphas = alpha if isinstance(alpha, list) else [alpha] * steps
-    low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
-    x_adv = start.detach().clamp(low, high)
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
-    with frozen(model), torch.enable_grad():
-        for step_size in alphas if len(x) else ():
-            x_adv.requires_grad_()
-            grad, = torch.autograd.grad(loss(x_adv), x_adv)
-            finite = finite & grad.isfinite().all()
-            x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
-    if not finite:
-        raise FloatingPointError("the attack met a gradient that is not finite")
-    return x_adv.detach()
-
-
-def fgsm(model, x, y, eps):
-    """x + eps sign grad_x CE(model(x), y), clamped to [0, 1].    Goodfellow et al. 2015, Sec. 4
-
-    Arguments and result as pgd.  One step from x itself, no random start.
-    """
-    return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"), x, x, eps, eps, 1)
-
-
 def pgd(model, x, y, eps, alpha, steps):
     """max_{|delta|_inf <= eps} CE(model(x + delta), y), by ascent.      Madry et al. 2018, Sec. 2.1
 
@@ -374,8 +276,17 @@ def pgd(model, x, y, eps, alpha, steps):
     gradients and train/eval mode are left as they were.  ValueError, FloatingPointError: ascend.
     """
     start = x + eps * (2 * torch.rand_like(x) - 1)
-    return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"),
-                  x, start, eps, alpha, steps)
+    loss = summed_cross_entropy(model, y)
+    return ascend(model, loss, x, start=start, eps=eps, alpha=alpha, steps=steps)
+
+
+def fgsm(model, x, y, eps):
+    """x + eps sign grad_x CE(model(x), y), clamped to [0, 1].    Goodfellow et al. 2015, Sec. 4
+
+    Arguments and result as pgd.  One step from x itself, no random start.
+    """
+    loss = summed_cross_entropy(model, y)
+    return ascend(model, loss, x, start=x, eps=eps, alpha=eps, steps=1)
 
 
 def kl_pgd(model, x, eps, alpha, steps):
@@ -383,11 +294,20 @@ def kl_pgd(model, x, eps, alpha, steps):
 
     Arguments and result as pgd. It starts from x + 0.001 normal noise: at x itself the KL is flat.
     """
-    with frozen(model):
-        with torch.no_grad():
-            log_p = model(x).log_softmax(1)
-        return ascend(model, lambda z: kl_divergence(log_p, model(z), "sum"),
-                      x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
+    start = x + 1e-3 * torch.randn_like(x)
+    with frozen(model), torch.inference_mode(False), torch.no_grad():
+        log_p = model(x).log_softmax(1) if len(x) else None
+
+        def loss(z):
+            return kl_divergence(log_p, model(z), "sum")
+        return ascend(model, loss, x, start=start, eps=eps, alpha=alpha, steps=steps)
+
+
+def summed_cross_entropy(model, y):
+    """The function of images z -> CE(model(z), y), summed over the batch."""
+    def loss(z):
+        return F.cross_entropy(model(z), y.clone(), reduction="sum")    # y: of inference mode, too
+    return loss
 
 
 def kl_divergence(log_p, logits, reduction):
@@ -395,8 +315,41 @@ def kl_divergence(log_p, logits, reduction):
     return F.kl_div(logits.log_softmax(1), log_p, reduction=reduction, log_target=True)
 
 
+def ascend(model, loss, x, start, eps, alpha, steps):
+    """x_{k+1} = Proj(x_k + alpha sign grad loss(x_k)), Proj on |x' - x|_inf <= eps and [0, 1].
+
+    loss   function   points (B, C, h, w) -> a scalar, summed over the batch
+    start  like x     the first point, projected before its gradient is taken
+    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
+    move it by more than eps, or if eps does.  FloatingPointError if a gradient is not finite: the
+    sign of a NaN is 0, so the attack would silently stop and report robustness.
+    """
+    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
+        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps {eps} is outside [0, 1]; give pixel units, 8/255, not 8")
+    step_sizes = alpha if isinstance(alpha, list) else [alpha] * steps
+    if len(x) == 0:
+        return x.detach().clone()
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
+        low = (x.detach() - eps).clamp(min=0)
+        high = (x.detach() + eps).clamp(max=1)
+        x_adv = start.detach().clamp(low, high)
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
+        for step_size in step_sizes:
+            x_adv.requires_grad_()
+            grad, = torch.autograd.grad(loss(x_adv), x_adv)
+            finite = finite & grad.isfinite().all()
+            x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
+    if not finite:
+        raise FloatingPointError("the attack met a gradient that is not finite")
+    return x_adv.detach()
+
+
 def pgd_at_loss(model, x, y, eps, alpha, steps):
     """CE(model(pgd(...)), y), mean over the batch; arguments as pgd.  Madry et al. 2018, Eq. 2.1"""
+    if len(x) == 0:
+        raise ValueError("the loss of no images is not defined")
     return F.cross_entropy(model(pgd(model, x, y, eps, alpha, steps)), y)
 
 
@@ -406,11 +359,9 @@ def trades_loss(model, x, y, eps, alpha, steps, beta):
     beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
     Mean over the batch.
     """
-    return trades_at(model, x, kl_pgd(model, x, eps, alpha, steps), y, beta)
-
-
-def trades_at(model, x, x_adv, y, beta):
-    """CE(model(x), y) + beta KL(p(x) || p(x_adv)), mean over the batch: what TRADES descends."""
+    if len(x) == 0:
+        raise ValueError("the loss of no images is not defined")
+    x_adv = kl_pgd(model, x, eps, alpha, steps)
     logits = model(x)
     robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
     return F.cross_entropy(logits, y) + beta * robust
@@ -424,7 +375,7 @@ def accuracy(model, batches, attack=None):
              correctly, since x itself lies in the ball: a clean error counts as broken
     ValueError without images, FloatingPointError if a logit is not finite.
     """
-    def hits(x, y):
+    def classified(x, y):
         with torch.no_grad():
             logits = model(x)
         if not logits.isfinite().all():
@@ -434,11 +385,14 @@ def accuracy(model, batches, attack=None):
     right = n = 0
     with frozen(model):
         for x, y in batches:
-            n, y = n + len(x), y.view(len(x))                           # (B, 1), too
-            ok = hits(x, y)
+            if len(x) == 0:
+                continue
+            y = y.view(len(x))                                          # (B, 1), too
+            n += len(x)
+            ok = classified(x, y)
             if attack is not None and ok.any():
-                x, y = x[ok], y[ok]
-                ok = hits(attack(model, x, y), y)
+                x_adv = attack(model, x[ok], y[ok])
+                ok = classified(x_adv, y[ok])
             right += int(ok.sum())
     if n == 0:
         raise ValueError("accuracy of no images is not defined")
@@ -451,77 +405,122 @@ def param_groups(model, weight_decay):
     Decay would pull the time constants, lam and dt, to values that mean nothing (the authors'
     models decay all alike).
     """
-    linear = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    decay = {id(m.weight) for m in model.modules() if isinstance(m, linear)}
-    return [{"params": [p for p in model.parameters() if (id(p) in decay) == decays],
-             "weight_decay": weight_decay if decays else 0.0} for decays in (True, False)]
+    decaying = set()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            decaying |= {w for name, w in module.named_parameters() if "bias" not in name}
+    weights = list(model.parameters())
+    return [{"params": [w for w in weights if w in decaying], "weight_decay": weight_decay},
+            {"params": [w for w in weights if w not in decaying], "weight_decay": 0.0}]
 
 
-def drawn_digits(n, seed, size=28):
-    """n faint, tilted digits on noise, ten classes: data without a download.
+# --- Within an attack weights are constants: each kernel is made once ---
 
-    n, seed, size  int   images, random seed, height and width in pixels
-    Returns images (n, 1, size, size) uint8 and labels (n,) int64. Place, size, tilt, contrast
-    (0.25 to 0.5 of the range) and noise vary; what is faint can be broken within a small eps.
+@contextmanager
+def frozen(model):
+    """Within it: eval mode, no gradients of weights, each kernel made once. Afterwards: as before.
+
+    Every attack and `accuracy` run in it. It may be nested, and left by an exception. Two threads
+    must not attack one model at a time: each would restore what the other has set.
     """
-    font = "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717"    # 5 rows of 3 bits
-    font = [[[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in digit] for digit in font.split()]
-    g = torch.Generator().manual_seed(seed)
-    images, labels = [], torch.randint(10, (n,), generator=g)
-    for y in labels.split(500):
-        affine = 0.4 * (torch.rand(len(y), 2, 3, generator=g) - 0.5)        # tilt, slant, shift
-        affine += torch.tensor([[2.2, 0.0, 0.0], [0.0, 1.7, 0.0]])          # and size
-        grid = F.affine_grid(affine, (len(y), 1, size, size), align_corners=False)
-        ink = F.grid_sample(torch.tensor(font)[y][:, None].float(), grid, align_corners=False)
-        ground, contrast = torch.rand(2, len(y), 1, 1, 1, generator=g)
-        x = 0.1 + 0.3 * ground + (0.25 + 0.25 * contrast) * ink             # (b, 1, size, size)
-        x = x + 0.05 * torch.randn(x.shape, generator=g)
-        images.append((255 * x.clamp(0, 1)).round().to(torch.uint8))
-    return torch.cat(images), labels
+    modes = [(module, module.training) for module in model.modules()]
+    wishes = [(w, w.requires_grad) for w in model.parameters()]
+    outermost = [module for module in model.modules() if not hasattr(module, "kept")]
+    try:
+        for module in outermost:
+            module.kept = {}                                            # what `once` has made
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module in outermost:
+            vars(module).pop("kept", None)
+        for module, training in modes:
+            module.training = training
+        for w, wants_gradient in wishes:
+            w.requires_grad_(wants_gradient)
 
 
-def demo(classifier, data_dir, epochs, n_train, n_test=1000, batch=64):
-    """PGD-AT of classifier(ads=...) on MNIST or drawn digits, without and with AdS; a table."""
-    eps, alpha, name = 0.1, 0.025, "MNIST"
+def once(module, key, make):
+    """make(), a function of the module's weights; within `frozen` its last result serves again.
+
+    It is made anew for another key, and when a weight is another tensor or was changed in place:
+    then its address or its version counter differs. (.data and fused optimisers do not move the
+    counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
+    torch.compile traces. Autocast is off: kernels need all their bits.
+    """
+    weights = [*module.parameters(), *module.buffers()]
+    device = weights[0].device.type if weights else "cuda"  # DataParallel's replicas on GPUs: none
+    with torch.autocast(device, enabled=False):
+        if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
+                or any(w.requires_grad or w.is_inference() for w in weights)):
+            return make()
+        state = [key, *((w.data_ptr(), w._version) for w in weights)]
+        if module.kept.get("state") != state:
+            with torch.inference_mode(False):                           # an attack may follow
+                module.kept = {"state": state, "result": make(),
+                               "weights": [w.detach() for w in weights]}    # keeps addresses taken
+        return module.kept["result"]
+
+
+# --- The demo ---
+
+def demo(parser, build, n_train=6000, n_test=1000):
+    """PGD-AT on MNIST at eps 0.1, without and with AdS; prints a table.
+
+    parser  ArgumentParser  the script's own flags
+    build   function        (args, ads) -> Classifier
+    """
+    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
     try:
         from torchvision.datasets import MNIST
-        sets = [MNIST(data_dir, train=train, download=False) for train in (True, False)]
-        sets = [(s.data[:, None], s.targets) for s in sets]
-    except Exception:                               # none there, damaged, or no torchvision
-        eps, alpha, name = 8 / 255, 2 / 255, f"drawn digits (no readable MNIST in {data_dir})"
-        sets = [drawn_digits(n_train, 0), drawn_digits(n_test, 1)]
-    (x, y), (x_test, y_test) = ((x[:n] / 255, y[:n]) for (x, y), n in zip(sets, (n_train, n_test)))
-    print(f"{name}: {len(x)} training and {len(x_test)} test images, PGD-AT, eps {eps:.3f}")
+        sets = [MNIST(args.data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as error:                  # no torchvision, no network, damaged files
+        print(f"no MNIST in {args.data_dir} ({error}): put torchvision's files there, name their "
+              "folder by --data-dir, or run python train.py --dataset synthetic", file=sys.stderr)
+        sys.exit(2)
+    train, test = (TensorDataset(s.data[:n, None] / 255, s.targets[:n])
+                   for s, n in zip(sets, (n_train, n_test)))
+    eps, alpha = 0.1, 0.025
+
+    def attack(model, x, y):
+        return pgd(model, x, y, eps, alpha, steps=10)
+    print(f"MNIST: {len(train)} training and {len(test)} test images, PGD-AT, eps {eps}")
     print("             parameters   clean   PGD-10")
     for ads in (None, "relu"):
         torch.manual_seed(0)
-        model = classifier(ads=ads)
-        optimizer = torch.optim.AdamW(param_groups(model, 2e-4), lr=3e-3)
-        order = [i for _ in range(epochs) for i in torch.randperm(len(x)).split(batch)]
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-        for step, i in enumerate(order):
-            ramp = min(1.0, 2 * step / len(order))      # at full eps a linear block never starts
-            loss = pgd_at_loss(model, x[i], y[i], ramp * eps, ramp * alpha, steps=5)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        model = build(args, ads).to(args.device)
+        optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+        for epoch in range(args.epochs):
+            # At full eps a block without an activation never starts: eps grows with the epochs.
+            ramp = min(1.0, (epoch + 0.5) / (0.5 * args.epochs))
+            for x, y in DataLoader(train, batch_size=64, shuffle=True):
+                x, y = x.to(args.device), y.to(args.device)
+                loss = pgd_at_loss(model, x, y, ramp * eps, ramp * alpha, steps=5)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             schedule.step()
-        test = list(zip(x_test.split(250), y_test.split(250)))
-        robust = accuracy(model, test, lambda *args: pgd(*args, eps, alpha, steps=10))
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{'with AdS' if ads else 'without AdS':12}{size:11,d}  {accuracy(model, test):6.1%}"
-              f"  {robust:6.1%}", flush=True)
+        batches = [(x.to(args.device), y.to(args.device)) for x, y in DataLoader(test, 250)]
+        clean = accuracy(model, batches)
+        robust = accuracy(model, batches, attack)
+        size = sum(w.numel() for w in model.parameters())
+        name = "with AdS" if ads else "without AdS"
+        print(f"{name:12}{size:11,d}  {clean:6.1%}  {robust:6.1%}", flush=True)
 
 # --- end of the shared text ---
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
-    args = parser.parse_args()
-    demo(lambda ads: Classifier(1, 10, d_model=32, n_layers=2, patch_size=4, ads=ads, d_hidden=64,
-                                max_len=49), args.data_dir, args.epochs, n_train=3000)
+    demo(parser, build)
+
+
+def build(args, ads):
+    return Classifier(1, 10, d_model=32, n_layers=2, patch_size=4, ads=ads, d_hidden=64, max_len=49)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Adversarial training of fixed-parameter state space models: S4, DSS, S5, with Adaptive Scaling.
 
-    python s4_adv.py                     # MNIST if ./data has it, else drawn digits
+    python s4_adv.py                     # torchvision downloads MNIST to ./data if it is not there
     python s4_adv.py --ssm dss --data-dir DIR
 
-    MNIST: 6000 training and 1000 test images, PGD-AT, eps 0.100
-                 parameters   clean   PGD-10
-    without AdS      19,210   47.7%   30.6%
-    with AdS         35,850   84.9%   63.2%
-
-77 s on a 2-core x86-64 CPU, torch 2.14.1, one seed. On drawn digits S4 without AdS stays near
-chance in this short a run; AdS brings parameters, too (see ads.py for its controls).
+    @DEMO@
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
            S4       Gu et al. 2022, arXiv 2111.00396       TRADES  Zhang et al. 2019, 1901.08573
@@ -18,8 +12,10 @@ Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 
            S5       Smith et al. 2023, arXiv 2208.04933    HiPPO   Gu et al. 2020, 2008.07669
 Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel (S5: P, of all)
            u (B, L, H) input of the map, y (B, L, H) its output, x image, delta its perturbation
-           A B C D the paper's matrices, dt step size, K convolution kernel, lam eigenvalues of A
+           A B C D the paper's matrices, A' B' discretised, dt step size, lam eigenvalues of A
+           K convolution kernel, K_hat its Fourier transform, z* the complex conjugate of z
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
+           A complex parameter (N,) is stored as real pairs (N, 2): optimisers see real numbers.
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout,
            warm-up, input normalisation: not in the protocol. Bidirectional or multi-head SSMs.
 
@@ -27,17 +23,19 @@ The whole program is this file and ads.py: copy the two.
 """
 import argparse
 import math
+import sys
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ads import middle
 
 
 # --------------------------------------------------------------------------------------------------
-# The sequence map: h_t = A' h_{t-1} + B' u_t,  y_t = Re(C h_t) + D u_t  with A', B', C, D fixed
+# Where the state matrix starts: HiPPO-LegS
 # --------------------------------------------------------------------------------------------------
 
 def hippo_legs(N):
@@ -47,22 +45,26 @@ def hippo_legs(N):
 
     Returns lam (N,), P (N,), B (N,), V (N, N), complex128, sorted by the imaginary part of lam, so
     that the second half of an even N holds one of each conjugate pair.
-    A + P P^T is -1/2 plus a skew matrix, so V is unitary and eigh applies.
+    A + p p^T is -1/2 plus a skew matrix, so V is unitary and eigh applies.
     """
     n = torch.arange(N, dtype=torch.float64)
-    P, B = (n + 0.5).sqrt(), (2 * n + 1).sqrt()
-    A = -torch.tril(B[:, None] * B[None, :], -1) - torch.diag(n + 1)
-    skew = A + P[:, None] * P[None, :] + 0.5 * torch.eye(N, dtype=torch.float64)
+    p = (n + 0.5).sqrt()
+    b = (2 * n + 1).sqrt()
+    A = -torch.tril(b[:, None] * b[None, :], -1) - torch.diag(n + 1)
+    skew = A + p[:, None] * p[None, :] + 0.5 * torch.eye(N, dtype=torch.float64)
     imag, V = torch.linalg.eigh(-1j * skew)
-    P, B = V.mH @ P.to(V.dtype), V.mH @ B.to(V.dtype)
-    return torch.complex(torch.full_like(imag, -0.5), imag), P, B, V
+    lam = torch.complex(torch.full_like(imag, -0.5), imag)
+    P = V.mH @ p.to(V.dtype)
+    B = V.mH @ b.to(V.dtype)
+    return lam, P, B, V
 
 
 def half_legs(N):
     """lam, P, B (N/2,) of hippo_legs: one of each conjugate pair.  ValueError if N is odd."""
     if N % 2:
         raise ValueError(f"d_state {N} is odd; states come in conjugate pairs, give an even number")
-    return [z[N // 2:] for z in hippo_legs(N)[:3]]
+    lam, P, B, _ = hippo_legs(N)
+    return lam[N // 2:], P[N // 2:], B[N // 2:]
 
 
 def log_uniform(size, low=1e-3, high=1e-1):
@@ -71,10 +73,142 @@ def log_uniform(size, low=1e-3, high=1e-1):
 
 
 def parameter(z):
-    """z as Parameter of torch's default dtype; complex (...) as real pairs (..., 2): optimisers and
-    checkpoints see real numbers."""
+    """z as a Parameter of torch's default dtype; a complex z (...) as real pairs (..., 2)."""
     v = torch.view_as_real(z.resolve_conj()) if z.is_complex() else z
     return nn.Parameter(v.to(torch.get_default_dtype(), copy=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# The sequence map: h_t = A' h_{t-1} + B' u_t,  y_t = Re(C h_t) + D u_t  with A', B', C, D fixed
+# --------------------------------------------------------------------------------------------------
+
+def convolve(u, K_hat):
+    """y_t = sum_s K_s u_{t-s}, by FFTs of length 2L, so that nothing wraps around.
+
+    u  (B, L, H)    K_hat  (H, L+1)  rfft of K, padded to 2L                       returns (B, L, H)
+    """
+    if len(u) == 0:
+        return u                                            # MKL's FFT refuses an empty batch
+    L = u.shape[1]
+    u_hat = torch.fft.rfft(u.mT, 2 * L)                                     # (B, H, L+1)
+    return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].mT
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """convolve(u, K_hat) for a kernel that is constant, as in an attack; u needs a gradient alone.
+
+    The gradient of a convolution is a correlation, the same map with K_hat conjugated. It is
+    written out since autograd takes complex FFTs of the full length where real ones do.
+    """
+
+    @staticmethod
+    def forward(ctx, u, K_hat):
+        ctx.save_for_backward(K_hat)
+        return convolve(u, K_hat)
+
+    @staticmethod
+    def backward(ctx, g):
+        K_hat, = ctx.saved_tensors
+        return FrozenConvolution.apply(g, K_hat.conj()), None
+
+
+def apply_kernel(ssm, u):
+    """kernel(L) of the ssm, convolved with u (B, L, H); within `frozen` its FFT is kept."""
+    L = u.shape[1]
+    K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L))      # (H, L+1)
+    u = u.to(K_hat.real.dtype)                                              # not in bf16
+    return convolve(u, K_hat) if K_hat.requires_grad else FrozenConvolution.apply(u, K_hat)
+
+
+def cauchy(w, lam, s, c):
+    """sum_n w_n / (is - c lam_n) + w_n* / (is - c lam_n*).              S4, Sec. 3.2: Cauchy kernel
+
+    w  (H, 4, N/2), lam  (N/2,)  complex    s  (H, M), c  (M,)  real    returns  (H, 4, M)
+    Over their common denominator two terms of a pair are 2 (is Re w_n - c Re(w_n lam_n*)).
+    """
+    z = 1j * s[:, None]
+    R = 1 / ((z - c * lam[:, None]) * (z - c * lam.conj()[:, None]))        # (H, N/2, M)
+    real = 2 * torch.cat([w.real, (w * lam.conj()).real], 1)                # (H, 8, N/2)
+    first, second = (real.to(R.dtype) @ R).chunk(2, 1)                      # (H, 4, M) each
+    return z * first - c * second
+
+
+class S4(nn.Module):
+    """S4: A = lam - P P* shared by all channels, dt and C per channel.      Gu et al. 2022, Alg. 1
+
+    d_model  int  channels H
+    d_state  int  states N, even: of N/2 conjugate pairs one number each is stored
+
+    (B, L, H) -> (B, L, H). As in the paper (App. C.3) the learned output matrix is
+    C~ = C (1 - A'^L), which spares the power A'^L; so the model belongs to the length that it was
+    trained at.
+    """
+
+    def __init__(self, d_model, d_state=64):
+        super().__init__()
+        lam, P, B = half_legs(d_state)
+        # A buffer, not a Parameter: it is not trained, as in the authors' models.
+        self.register_buffer("log_minus_real", parameter(torch.log(-lam.real)).detach())
+        self.imag = parameter(lam.imag)                                     # (N/2,)
+        self.P = parameter(P)                                               # (N/2, 2)
+        self.B = parameter(B)                                               # (N/2, 2)
+        self.C = parameter(torch.randn(d_model, len(lam), dtype=torch.cfloat))    # C~, (H, N/2, 2)
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.log_dt = nn.Parameter(log_uniform(d_model))
+
+    def matrices(self):
+        """lam, P, B (N/2,), C~ (H, N/2), complex, one of each conjugate pair; dt (H,)."""
+        lam = torch.complex(-torch.exp(self.log_minus_real), self.imag)
+        P, B, C = (torch.view_as_complex(v) for v in (self.P, self.B, self.C))
+        return lam, P, B, C, self.log_dt.exp()
+
+    def discrete(self, L):
+        """A' (H, N, N), B' (H, N), C (H, N) by the bilinear rule.               S4, Eq. (3)
+
+        A' = (1 - dt/2 A)^-1 (1 + dt/2 A),  B' = (1 - dt/2 A)^-1 dt B,  C = C~ (1 - A'^L)^-1.
+        """
+        *half, dt = self.matrices()
+        lam, P, B, C = (torch.cat([v, v.conj()], -1) for v in half)         # both of each pair
+        one = torch.eye(len(lam), dtype=lam.dtype, device=lam.device)
+        half_A = dt[:, None, None] / 2 * (torch.diag(lam) - P[:, None] * P.conj())
+        A = torch.linalg.solve(one - half_A, one + half_A)
+        B = torch.linalg.solve(one - half_A, dt[:, None] * B)
+        C = torch.linalg.solve(one - torch.matrix_power(A, L), C[:, None], left=False)[:, 0]
+        return A, B, C
+
+    def recurrence(self, u):
+        """The definition, step by step: h_t = A' h_{t-1} + B' u_t, y_t = C h_t + D u_t."""
+        A, B, C = self.discrete(u.shape[1])
+        h = torch.zeros_like(B).expand(len(u), -1, -1)                      # (B, H, N)
+        ys = []
+        for u_t in u.unbind(1):
+            h = torch.einsum("hmn,bhn->bhm", A, h) + B * u_t[..., None]
+            ys.append((C * h).sum(-1).real + self.D * u_t)
+        return torch.stack(ys, 1)                                           # (B, L, H)
+
+    def kernel(self, L):
+        """K (H, L) with D in K_0, from its Fourier transform.             S4, Lemma C.3 and Alg. 1
+
+        The DFT of K_l = C A'^l B' is K_hat(z) = C~ (1 - z A')^-1 B' at the L-th roots of unity,
+        z = e^{-2ia} with a = pi k / L. The bilinear rule, 1 - z = 2i e^{-ia} sin a and
+        1 + z = 2 e^{-ia} cos a turn it into
+            K_hat = e^{ia} C~ (is - c A)^-1 B,    s = 2/dt sin a,  c = cos a.
+        A is diagonal but for one column, so with R = (is - c lam)^-1, by Woodbury's identity,
+            (is - c A)^-1 = R - R P c (1 + c P* R P)^-1 P* R.
+        """
+        lam, P, B, C, dt = self.matrices()
+        a = math.pi / L * torch.arange(L // 2 + 1, device=dt.device, dtype=dt.dtype)
+        s = 2 / dt[:, None] * a.sin()                                       # (H, L/2+1)
+        c = a.cos()                                                         # (L/2+1,)
+        w = torch.stack(torch.broadcast_tensors(C * B, C * P, P.conj() * B, P.conj() * P), 1)
+        CRB, CRP, PRB, PRP = cauchy(w, lam, s, c).unbind(1)                 # (H, L/2+1) each
+        K_hat = torch.exp(1j * a) * (CRB - CRP * c * PRB / (1 + c * PRP))
+        K = torch.fft.irfft(K_hat, L)                                       # (H, L)
+        K[:, 0] += self.D
+        return K
+
+    def forward(self, u):
+        return apply_kernel(self, u)
 
 
 def vandermonde(c, log_lam, L):
@@ -90,159 +224,6 @@ def vandermonde(c, log_lam, L):
     left = c[:, None] * torch.exp(log_lam[:, None] * q[:, None])            # (H, Q, N)
     right = torch.exp(log_lam[:, :, None] * r)                              # (H, N, T)
     return (left @ right).flatten(1)[:, :L]                                 # (H, L)
-
-
-def cauchy(w, lam, s, c):
-    """sum_n w_n / (is - c lam_n), and the terms of each lam_n*, w_n*.   S4, Sec. 3.2: Cauchy kernel
-
-    w  (H, 4, N/2)  complex, four sums at a time     lam  (N/2,)  complex, one of each pair
-    s  (H, M)       real                             c    (M,)    real         returns (H, 4, M)
-    The two terms of a pair are together, in real numbers but for i,
-        2 (is Re w - c Re(w lam*)) / (c^2 |lam|^2 - s^2 - 2isc Re lam).
-    """
-    size = lam.abs()[:, None] * c                                           # (N/2, M)
-    R = torch.complex(size ** 2 - s[:, None] ** 2, -2 * lam.real[:, None] * (s * c)[:, None])
-    R = torch.view_as_real(R.reciprocal()).flatten(2)                       # (H, N/2, 2M)
-    w = 2 * torch.cat([w.real, (w * lam.conj()).real], 1)                   # (H, 8, N/2)
-    over = torch.view_as_complex((w @ R).unflatten(-1, (-1, 2)))            # (H, 8, M)
-    return 1j * s[:, None] * over[:, :4] - c * over[:, 4:]
-
-
-class Convolution(torch.autograd.Function):
-    """y_t = sum_s K_s u_{t-s} by FFT of length 2L, so that nothing wraps around.
-
-    u (B, L, H), K_hat (H, L+1) = rfft(K, 2L) / 2L                              returns y (B, L, H)
-    The 1/2L of the inverse FFT is in K_hat: one pass over y less. Backward: a convolution's
-    gradient is a correlation, the same map with K_hat conjugated. It is written out since autograd
-    takes complex FFTs of full length where real ones do; autograd can follow it, for second
-    derivatives.
-    """
-    SIZE = 2 ** 19                                  # numbers at a time: what a CPU's cache holds
-
-    @staticmethod
-    def parts(*tensors):
-        """Each (B, L, H), a few images at a time: (H, n, L), so that time is adjacent in memory."""
-        b, L, H = tensors[0].shape
-        n = b if tensors[0].is_cuda else max(1, Convolution.SIZE // (L * H))
-        for part in zip(*(v.reshape(-1, H).split(n * L) for v in tensors)):
-            yield [v.T.contiguous().unflatten(1, (-1, L)) for v in part]
-
-    @staticmethod
-    def whole(u, K_hat):
-        """All images at once, as it is written: on a GPU what counts is how often memory moves."""
-        L = u.shape[1]
-        y_hat = torch.fft.rfft(u.mT, 2 * L).mul_(K_hat)                     # (B, H, L+1)
-        return torch.fft.irfft(y_hat, 2 * L, norm="forward")[..., :L].mT.contiguous()
-
-    @staticmethod
-    def run(u, K_hat):
-        if u.is_cuda:
-            return Convolution.whole(u, K_hat)
-        L, y, rows = u.shape[1], u.new_empty(u.shape[0] * u.shape[1], u.shape[2]), 0
-        for u_n, in Convolution.parts(u):
-            y_hat = torch.fft.rfft(u_n, 2 * L).mul_(K_hat[:, None])         # (H, n, L+1)
-            y_n = torch.fft.irfft(y_hat, 2 * L, norm="forward")[..., :L].flatten(1)     # (H, n L)
-            y[rows:rows + y_n.shape[1]] = y_n.T
-            rows += y_n.shape[1]
-        return y.view(u.shape)
-
-    @staticmethod
-    def forward(ctx, u, K_hat):
-        ctx.save_for_backward(u if ctx.needs_input_grad[1] else None, K_hat)
-        return Convolution.run(u, K_hat)
-
-    @staticmethod
-    def backward(ctx, g):
-        u, K_hat = ctx.saved_tensors
-        L, dK_hat = g.shape[1], None
-        if u is not None:
-            dK_hat = torch.zeros_like(K_hat)
-            for part in Convolution.parts(u, g):
-                u_hat, g_hat = (torch.fft.rfft(v, 2 * L) for v in part)     # (H, n, L+1)
-                dK_hat += 2 * (u_hat.conj() * g_hat).sum(1)                 # irfft counts the inner
-            dK_hat[:, [0, -1]] /= 2                                         # frequencies twice
-        return Convolution.run(g, K_hat.conj().resolve_conj()), dK_hat
-
-
-def convolve(ssm, u):
-    """y (B, L, H) = kernel(L) of the ssm * u (B, L, H); within `frozen` the kernel is kept."""
-    L = u.shape[1]
-    K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L, norm="forward"))  # (H, L+1)
-    return Convolution.apply(u.to(K_hat.real.dtype), K_hat)
-
-
-class S4(nn.Module):
-    """S4: A = lam - P P* shared by all channels, dt and C per channel.      Gu et al. 2022, Alg. 1
-
-    d_model  int  channels H
-    d_state  int  states N, even: N/2 conjugate pairs are stored
-
-    (B, L, H) -> (B, L, H). As in the paper (App. C.3) the learned output matrix is
-    C~ = C (1 - A'^L), which spares the power A'^L; so the model belongs to the length that it was
-    trained at. The real part of lam stays at its initial value, as in the authors' models.
-    """
-
-    def __init__(self, d_model, d_state=64):
-        super().__init__()
-        lam, P, B = half_legs(d_state)
-        self.register_buffer("log_minus_real", parameter(torch.log(-lam.real)).detach())
-        self.imag = parameter(lam.imag)                                     # (N/2,)
-        self.P, self.B = parameter(P), parameter(B)                         # (N/2, 2)
-        self.C = parameter(torch.randn(d_model, len(lam), dtype=torch.cfloat))    # C~, (H, N/2, 2)
-        self.D = nn.Parameter(torch.randn(d_model))
-        self.log_dt = nn.Parameter(log_uniform(d_model))
-
-    def matrices(self):
-        """lam, P, B (N/2,), C~ (H, N/2), complex; dt (H,)."""
-        lam = torch.complex(-torch.exp(self.log_minus_real), self.imag)
-        return (lam, *map(torch.view_as_complex, (self.P, self.B, self.C)), self.log_dt.exp())
-
-    def kernel(self, L):
-        """K (H, L), D included in K_0: inverse DFT of K^ = C~ (1 - z A')^-1 B' at z = e^{-2i a},
-        a = pi k / L.
-
-        The bilinear rule turns K^ into e^{ia} C~ (is - cA)^-1 B with the real s = 2/dt sin a,
-        c = cos a; nothing is singular at z = -1. With R = 1 / (is - c lam), Woodbury gives
-            (is - c lam + c P P*)^-1 = R - R P c (1 + c P* R P)^-1 P* R.
-        """
-        lam, P, B, C, dt = self.matrices()
-        a = math.pi / L * torch.arange(L // 2 + 1, device=dt.device, dtype=dt.dtype)
-        s, c = 2 / dt[:, None] * a.sin(), a.cos()                           # (H, L/2+1), (L/2+1,)
-        w = torch.stack(torch.broadcast_tensors(C * B, C * P, P.conj() * B, P.conj() * P), 1)
-        CB, CP, PB, PP = cauchy(w, lam, s, c).unbind(1)                     # (H, L/2+1) each
-        K = torch.fft.irfft(torch.exp(1j * a) * (CB - CP * c * PB / (1 + c * PP)), L)      # (H, L)
-        return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
-
-    def discrete(self, L):
-        """A' = (1 - dt/2 A)^-1 (1 + dt/2 A), B' = (1 - dt/2 A)^-1 dt B, C = C~ (1 - A'^L)^-1."""
-        lam, P, B, C, dt = self.matrices()
-        lam, P, B, C = (torch.cat([v, v.conj()], -1) for v in (lam, P, B, C))
-        one = torch.eye(len(lam), dtype=lam.dtype, device=lam.device)
-        A = dt[:, None, None] / 2 * (torch.diag(lam) - P[:, None] * P.conj())      # (H, N, N)
-        B = torch.linalg.solve(one - A, dt[:, None] * B)                    # (H, N)
-        A = torch.linalg.solve(one - A, one + A)                            # (H, N, N)
-        power = torch.matrix_power(A, L)
-        return A, B, torch.linalg.solve(one - power, C[:, None], left=False)[:, 0]     # C (H, N)
-
-    def modes(self, L):
-        """|C| |B'| and |A'|_2, (H, 1) each: |K_l| <= |C| |A'|^l |B'|. A + A* < 0, so |A'|_2 < 1.
-
-        Not its eigenvalues: A is far from normal, and the eigenvectors' condition would enter.
-        """
-        A, B, C = self.discrete(L)
-        return (C.norm(dim=1) * B.norm(dim=1))[:, None], torch.linalg.matrix_norm(A, 2)[:, None]
-
-    def recurrence(self, u):
-        """The definition, step by step."""
-        A, B, C = self.discrete(u.shape[1])
-        h, ys = torch.zeros_like(B).expand(len(u), -1, -1), []              # (B, H, N)
-        for u_t in u.unbind(1):
-            h = torch.einsum("hmn,bhn->bhm", A, h) + B * u_t[..., None]
-            ys.append((C * h).sum(-1).real + self.D * u_t)
-        return torch.stack(ys, 1)                                           # (B, L, H)
-
-    def forward(self, u):
-        return convolve(self, u)
 
 
 class DSS(nn.Module):
@@ -264,76 +245,76 @@ class DSS(nn.Module):
         self.log_dt = nn.Parameter(log_uniform(d_model))
 
     def matrices(self, L):
-        """lam dt and C lam^-1 (e^{lam dt} - 1) / (e^{lam dt L} - 1), complex, each (H, N/2)."""
+        """lam dt and C' = C lam^-1 (e^{lam dt} - 1) / (e^{lam dt L} - 1), complex, each (H, N/2).
+
+        C' holds the softmax's denominator, a geometric sum: sum_r q^r = (q^L - 1) / (q - 1).
+        """
         lam = torch.complex(-torch.exp(self.log_minus_real), self.imag)
         lam_dt = lam * self.log_dt.exp()[:, None]
         C = torch.view_as_complex(self.C)
         return lam_dt, C / lam * torch.expm1(lam_dt) / torch.expm1(lam_dt * L)
 
-    def modes(self, L):
-        """|C'_n| and |e^{lam_n dt}|, (H, N/2) each: |K_l| <= sum_n |C'_n| |e^{lam_n dt}|^l."""
-        lam_dt, C = self.matrices(L)
-        return C.abs(), lam_dt.exp().abs()
-
-    def kernel(self, L):
-        """K (H, L), D in K_0. The softmax's sum is geometric: sum_r q^r = (q^L - 1) / (q - 1)."""
-        lam_dt, C = self.matrices(L)
-        K = vandermonde(C, lam_dt, L).real                                  # (H, L)
-        return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
-
     def recurrence(self, u):
         """The definition: h_t = e^{lam dt} h_{t-1} + u_t, y_t = Re(C' h_t) + D u_t, stepwise."""
         lam_dt, C = self.matrices(u.shape[1])
-        A, h, ys = lam_dt.exp(), torch.zeros_like(C).expand(len(u), -1, -1), []    # (B, H, N/2)
+        A = lam_dt.exp()
+        h = torch.zeros_like(C).expand(len(u), -1, -1)                      # (B, H, N/2)
+        ys = []
         for u_t in u.unbind(1):
             h = A * h + u_t[..., None]
             ys.append((C * h).sum(-1).real + self.D * u_t)
         return torch.stack(ys, 1)                                           # (B, L, H)
 
+    def kernel(self, L):
+        """K (H, L), K_l = Re sum_n C'_n e^{lam_n dt l}, with D in K_0."""
+        lam_dt, C = self.matrices(L)
+        K = vandermonde(C, lam_dt, L).real                                  # (H, L)
+        K[:, 0] += self.D
+        return K
+
     def forward(self, u):
-        return convolve(self, u)
+        return apply_kernel(self, u)
 
 
 class Scan(torch.autograd.Function):
-    """h_t = a h_{t-1} + b_t, in parallel over chunks; only h is kept.                  S5, App. H
+    """h_t = a h_{t-1} + b_t for all t, in about 2 sqrt(L) steps instead of L.          S5, App. H
 
-    a  (P,)       |a| <= 1, real or complex            b  (B, L, P)            h  (B, L, P)
-    last  int  -1 forwards in time, 0 backwards: where the last state of a chunk lies
+    a  (P,)  |a| <= 1    b  (B, L, P)    returns h (B, L, P), from h = 0; real or complex
 
     Backward: with g = dloss/dh, the same recurrence run in reverse gives dloss/db,
         e_t = conj(a) e_{t+1} + g_t,      dloss/da = sum_{b,t} conj(h_{t-1}) e_t.
+    It is written out since autograd would keep every step.
     """
 
     @staticmethod
-    def run(a, b, last):
-        """Time is cut into about sqrt(L) chunks of T steps: first the scan within all chunks at
-        once, then, chunk by chunk, a^k times the last state before it is added: 2 sqrt(L) steps."""
-        L, way = b.shape[1], 1 if last else -1
-        T = math.isqrt(L - 1) + 1
+    def forward(ctx, a, b):
+        L = b.shape[1]
+        T = math.isqrt(L - 1) + 1                                           # steps of a chunk
         h = F.pad(b, (0, 0, 0, -L % T)).unflatten(1, (-1, T))               # (B, L/T, T, P)
-        steps, chunks, power = h.unbind(2)[::way], h.unbind(1)[::way], [a]
+        # 1. Step by step within all chunks at once, as if each began with h = 0.
+        steps = h.unbind(2)
         for before, now in zip(steps, steps[1:]):                           # (B, L/T, P)
             now.addcmul_(a, before)
-            power.append(power[-1] * a)
-        power = torch.stack(power[::way])                                   # a^1 .. a^T, (T, P)
+        # 2. Chunk by chunk: the last state before it arrives at its k-th step times a^k.
+        powers = a.expand(T, -1).cumprod(0)                                 # a^1 .. a^T, (T, P)
+        chunks = h.unbind(1)
         for before, now in zip(chunks, chunks[1:]):                         # (B, T, P)
-            now.addcmul_(power, before[:, last, None])
-        return h.flatten(1, 2)[:, :L]
-
-    @staticmethod
-    def forward(ctx, a, b, last=-1):
-        h, ctx.last = Scan.run(a, b, last), last
+            now.addcmul_(powers, before[:, -1:])
+        h = h.flatten(1, 2)[:, :L]
         ctx.save_for_backward(a, h if ctx.needs_input_grad[0] else None)
         return h
 
     @staticmethod
     def backward(ctx, g):
-        (a, h), back = ctx.saved_tensors, 0 if ctx.last else -1
-        e = Scan.apply(a.conj().resolve_conj(), g, back)
-        if h is None:
-            return None, e, None
-        h, later = (h[:, :-1], e[:, 1:]) if ctx.last else (h[:, 1:], e[:, :-1])
-        return (h.conj() * later).sum((0, 1)), e, None
+        a, h = ctx.saved_tensors
+        e = Scan.apply(a.conj_physical(), g.flip(1)).flip(1)
+        da = (h[:, :-1].conj() * e[:, 1:]).sum((0, 1)) if ctx.needs_input_grad[0] else None
+        return da, e
+
+
+def pairs(z):
+    """Complex (..., P) as real (..., 2P): Re and Im of each number side by side."""
+    return torch.view_as_real(z).flatten(-2)
 
 
 class S5(nn.Module):
@@ -362,25 +343,14 @@ class S5(nn.Module):
         """A' (P,), B' (P, H), C (H, P), complex."""
         lam = torch.complex(-torch.exp(self.log_minus_real), self.imag)
         lam_dt = lam * self.log_dt.exp()
-        B, C = map(torch.view_as_complex, (self.B, self.C))
-        return lam_dt.exp(), (torch.expm1(lam_dt) / lam)[:, None] * B, C
-
-    def modes(self, L):
-        """|C_in| sum_j |B'_nj| (H, P) and |A'_n| (P,), as in DSS, for row i of K_l."""
-        A, B, C = self.matrices()
-        return C.abs() * B.abs().sum(1), A.abs()
-
-    def kernel(self, L):
-        """K (L, H, H) with K_l = Re(C A'^l B'), D included in K_0: y_t = sum_s K_s u_{t-s}."""
-        A, B, C = self.matrices()
-        powers = A ** torch.arange(L, device=A.device)[:, None]             # (L, P)
-        K = torch.einsum("hp,lp,pi->lhi", C, powers, B).real                # (L, H, H)
-        return torch.cat([K[:1] + torch.diag(self.D), K[1:]])
+        B = (torch.expm1(lam_dt) / lam)[:, None] * torch.view_as_complex(self.B)
+        return lam_dt.exp(), B, torch.view_as_complex(self.C)
 
     def recurrence(self, u):
         """The definition, step by step."""
         A, B, C = self.matrices()
-        h, ys = torch.zeros(len(u), len(A), dtype=A.dtype, device=A.device), []    # (B, P)
+        h = torch.zeros(len(u), len(A), dtype=A.dtype, device=A.device)     # (B, P)
+        ys = []
         for u_t in u.unbind(1):
             h = A * h + u_t.to(B.dtype) @ B.T
             ys.append((h @ C.T).real + self.D * u_t)
@@ -388,117 +358,10 @@ class S5(nn.Module):
 
     def forward(self, u):
         A, B, C = once(self, None, self.matrices)
-        B = torch.view_as_real(B.T.contiguous()).flatten(1)                 # (H, 2P), real pairs
-        C = torch.view_as_real(C.conj().resolve_conj()).flatten(1)          # (H, 2P): Re(C h)
-        h = (u @ B).to(B.dtype).unflatten(-1, (-1, 2))                      # (B, L, P, 2)
-        h = Scan.apply(A, torch.view_as_complex(h))                         # (B, L, P)
-        return torch.addcmul(torch.view_as_real(h).flatten(2) @ C.T, self.D, u)     # (B, L, H)
-
-
-# --------------------------------------------------------------------------------------------------
-# What a perturbation can do to a fixed map: dy = K * du, whatever u is
-# --------------------------------------------------------------------------------------------------
-
-def gain(ssm, L):
-    """max |dy_i|_inf over |du|_inf <= 1: sum_s sum_j |(K_s)_ij|, and du for it.  Derived here, P1
-
-    ssm  S4 | DSS | S5, in float64                              L  int  tokens
-
-    |dy_ti| <= sum_{s <= t} sum_j |(K_s)_ij| |du_{t-s,j}|: largest at t = L-1, and there an equality
-    for du_{L-1-s,j} = sign (K_s)_ij. K_s is diagonal in S4 and DSS.
-    Returns the gain (H,), and du: (1, L, H), of S5 (H, L, H), one for each channel i.
-    """
-    K = ssm.kernel(L)
-    if K.dim() == 2:                                                        # (H, L)
-        return K.abs().sum(1), K.sign().T.flip(0)[None]
-    return K.abs().sum((0, 2)), K.sign().flip(0).transpose(0, 1)            # from (L, H, H)
-
-
-def gain_bounds(ssm, L):
-    """sup_w sum_j |K^_ij(w)| <= gain_i <= |D_i| + sum_n g_in (1 - rho_n^L) / (1 - rho_n).
-
-    Arguments as gain. Returns both ends (H,); w on the 2L-th roots of 1.         Derived here, P2
-    Left: |K^(w)| = |sum_s K_s e^{-iws}| <= sum_s |K_s|. Right: |K_s| <= sum_n g_n rho_n^s (modes).
-    So a smaller gain of the error caps the signal's at every frequency; but they can lie apart, by
-    as much as sqrt(L) (Parseval and Cauchy-Schwarz).
-    """
-    K, (g, rho) = ssm.kernel(L), ssm.modes(L)
-    if K.dim() == 2:
-        spectral = torch.fft.rfft(K, 2 * L).abs().amax(1)
-    else:
-        spectral = torch.fft.rfft(K, 2 * L, 0).abs().sum(2).amax(0)
-    return spectral, ssm.D.abs() + (g * (1 - rho ** L) / (1 - rho)).sum(1)
-
-
-def linear_block(block, L):
-    """M (L, H, H) with z + Block(z) = sum_s M_s z_{t-s} + out.bias.  ValueError if it has AdS."""
-    if not isinstance(block.middle, nn.Identity):
-        raise ValueError(f"a block with {type(block.middle).__name__} is not linear")
-    K = block.ssm.kernel(L)
-    M = block.out.weight @ (torch.diag_embed(K.T) if K.dim() == 2 else K)
-    return torch.cat([M[:1] + torch.eye(M.shape[1]).to(M), M[1:]])
-
-
-def normalised(c, r, e):
-    """Centre and radius of v / sqrt(mean v^2 + e) over the box |v - c| <= r: LayerNorm without its
-    mean, which is linear. c, r (..., H), e float.                                  Derived here
-
-    f(v_i, R) = v_i / sqrt((v_i^2 + R) / H + e) rises with v_i, and moves towards 0 as R, the sum of
-    the other squares, grows; in a box v_i and R are free of each other. So the ends lie at corners:
-    no other box is smaller, and the variance needs no bound from outside.
-    """
-    least, most = (c.abs() - r).clamp(min=0) ** 2, (c.abs() + r) ** 2
-    least, most = ((v.sum(-1, keepdim=True) - v).clamp(min=0) for v in (least, most))
-    low, high = (v / ((v * v + torch.where(sign * v > 0, least, most)) / v.shape[-1] + e).sqrt()
-                 for v, sign in ((c - r, -1), (c + r, 1)))
-    return (low + high) / 2, (high - low) / 2
-
-
-def certified_margin(model, x, y, eps):
-    """A lower bound of z_y - max_{k != y} z_k over |x' - x|_inf <= eps, x' in [0, 1].
-
-    Arguments as pgd; eps float or (B, 1, 1, 1); a Classifier without AdS, in float64.
-    Returns (B,): above 0, no x' is misclassified.  ValueError: see linear_block.
-
-    Boxes |v - c| <= r, as in Gowal et al. 2018 (1810.12715), Sec. 3: an affine map W takes c to
-    W c + b and r to |W| r; with W_s = pi M_s, the mean taken off by pi, this is the gain of the
-    whole block, token by token, and exact for each LayerNorm's input. The rest: `normalised`.
-    float64 rounds; each radius is widened by 1e-9 of itself and 1e-11 for that.
-    """
-    def affine(W, b, c, r):
-        """W (H, n) on tokens or W (L, H, H) convolved with them; c, r (B, L, n)."""
-        if W.dim() == 2:
-            c, r = c @ W.T, r @ W.abs().T
-        else:
-            c, r = (torch.fft.irfft(torch.einsum(
-                "wij,bwj->bwi", torch.fft.rfft(V, 2 * len(V), 0), torch.fft.rfft(v, 2 * len(V), 1)),
-                2 * len(V), 1)[:, :len(V)] for V, v in ((W, c), (W.abs(), r)))
-        return c + b, (1 + 1e-9) * r + 1e-11
-
-    H, P = model.head.in_features, model.patches.kernel_size[0]
-    pi = torch.eye(H).to(x) - 1 / H
-    low, high = ((x + way * eps).clamp(0, 1) for way in (-1, 1))
-    c, r = (F.unfold(v, P, stride=P).mT for v in ((low + high) / 2, (high - low) / 2))
-    c, r = affine(pi @ model.patches.weight.flatten(1), pi @ model.patches.bias, c, r)
-    for norm, block in zip([model.norm, *model.norms], [*model.blocks, None]):
-        c, r = normalised(c, r, norm.eps)
-        c, r = c * norm.weight + norm.bias, r * norm.weight.abs()
-        if block is not None:
-            M = linear_block(block, c.shape[1])
-            c, r = affine(pi @ M, pi @ block.out.bias, c, r)                # (B, L, H)
-    W = model.head.weight[y, None] - model.head.weight                      # (B, n_classes, H)
-    gap = model.head.bias[y, None] - model.head.bias + (
-        W @ c.mean(1)[..., None] - W.abs() @ r.mean(1)[..., None])[..., 0]
-    return gap.scatter(1, y[:, None], math.inf).amin(1)
-
-
-def certified_radius(model, x, y, steps=30):
-    """The largest eps with certified_margin > 0, (B,), by bisection of [0, 1]; 0 if x is wrong."""
-    low = torch.zeros(len(x), 1, 1, 1).to(x)
-    for k in range(1, steps + 1):
-        half = low + 2.0 ** -k
-        low = torch.where(certified_margin(model, x, y, half).view_as(low) > 0, half, low)
-    return low.flatten()
+        b = (u @ pairs(B.T)).to(B.real.dtype)                               # (B, L, 2P)
+        h = Scan.apply(A, torch.view_as_complex(b.unflatten(-1, (-1, 2))))  # (B, L, P)
+        # Re(c h) = (Re c, -Im c) . (Re h, Im h)
+        return pairs(h) @ pairs(C.conj_physical()).T + self.D * u           # (B, L, H)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -548,7 +411,8 @@ class Classifier(nn.Module):
 
     def embed(self, x):
         """Images -> tokens (B, L, H): the one affine layer that YOPO differentiates repeatedly."""
-        P, (h, w) = self.patches.kernel_size[0], x.shape[-2:]
+        P = self.patches.kernel_size[0]
+        h, w = x.shape[-2:]
         if h % P or w % P:
             raise ValueError(f"patch size {P} does not divide an image of {h} x {w}")
         return self.patches(x).flatten(2).transpose(1, 2)                   # (B, L, H), row by row
@@ -566,85 +430,6 @@ class Classifier(nn.Module):
 
 # --- shared text: the same in s4_adv.py, mamba_adv.py and attention_adv.py (a test compares) ---
 
-MEMO = {}       # module -> what `once` made from its weights; filled within `frozen` only
-
-
-@contextmanager
-def frozen(model):
-    """Within it weights are constants: eval mode, no weight gradients, each kernel computed once.
-
-    Every attack runs in it, and so does evaluation. It may be nested; mode, requires_grad and MEMO
-    are as before afterwards, also when an exception is raised.
-    """
-    modes = [(m, m.training, m in MEMO) for m in model.modules()]
-    wanted = [(w, w.requires_grad) for w in model.parameters()]
-    try:
-        MEMO.update((m, {}) for m, _, nested in modes if not nested)
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for m, training, nested in modes:
-            m.training = training
-            if not nested:
-                MEMO.pop(m, None)
-        for w, wants in wanted:
-            w.requires_grad_(wants)
-
-
-def once(module, key, make):
-    """make(), a function of the module's weights; within `frozen` its first result serves again.
-
-    Until a weight is another tensor or its version counter moves (.data and fused optimisers do not
-    move it: keep them out of `frozen`); never while a weight wants a gradient, or where
-    torch.compile traces. Autocast is off: kernels need all their bits.
-    """
-    weights = [*module.parameters(), *module.buffers()]                 # DataParallel's copies: []
-    with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
-        if (torch.compiler.is_compiling() or module not in MEMO
-                or any(w.requires_grad for w in weights)):
-            return make()
-        memo, key = MEMO[module], (key, *((w.data_ptr(), w._version) for w in weights))
-        if key not in memo:
-            memo.clear()
-            memo[key] = make(), [w.detach() for w in weights]   # held, so are their addresses
-        return memo[key][0]
-
-
-def ascend(model, loss, x, start, eps, alpha, steps):
-    """x_{k+1} = Proj(x_k + alpha sign grad loss(x_k)), Proj on |x' - x|_inf <= eps and [0, 1].
-
-    loss   function   points (B, C, h, w) -> a scalar, summed over the batch
-    start  like x     the first point, projected before its gradient is taken
-    alpha  float, or a list of steps floats: a step size for each step
-    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
-    move it by more than eps.  FloatingPointError if a gradient is not finite: the sign of a NaN is
-    0, so the attack would silently stop and report robustness.
-    """
-    if ((x < -1e-6) | (x > 1 + 1e-6)).any():                                # rounding may stay
-        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
-    alphas = alpha if isinstance(alpha, list) else [alpha] * steps
-    low, high = (x.detach() - eps).clamp(min=0), (x.detach() + eps).clamp(max=1)
-    x_adv = start.detach().clamp(low, high)
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
-    with frozen(model), torch.enable_grad():
-        for step_size in alphas if len(x) else ():
-            x_adv.requires_grad_()
-            grad, = torch.autograd.grad(loss(x_adv), x_adv)
-            finite = finite & grad.isfinite().all()
-            x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
-    if not finite:
-        raise FloatingPointError("the attack met a gradient that is not finite")
-    return x_adv.detach()
-
-
-def fgsm(model, x, y, eps):
-    """x + eps sign grad_x CE(model(x), y), clamped to [0, 1].    Goodfellow et al. 2015, Sec. 4
-
-    Arguments and result as pgd.  One step from x itself, no random start.
-    """
-    return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"), x, x, eps, eps, 1)
-
-
 def pgd(model, x, y, eps, alpha, steps):
     """max_{|delta|_inf <= eps} CE(model(x + delta), y), by ascent.      Madry et al. 2018, Sec. 2.1
 
@@ -659,8 +444,17 @@ def pgd(model, x, y, eps, alpha, steps):
     gradients and train/eval mode are left as they were.  ValueError, FloatingPointError: ascend.
     """
     start = x + eps * (2 * torch.rand_like(x) - 1)
-    return ascend(model, lambda z: F.cross_entropy(model(z), y, reduction="sum"),
-                  x, start, eps, alpha, steps)
+    loss = summed_cross_entropy(model, y)
+    return ascend(model, loss, x, start=start, eps=eps, alpha=alpha, steps=steps)
+
+
+def fgsm(model, x, y, eps):
+    """x + eps sign grad_x CE(model(x), y), clamped to [0, 1].    Goodfellow et al. 2015, Sec. 4
+
+    Arguments and result as pgd.  One step from x itself, no random start.
+    """
+    loss = summed_cross_entropy(model, y)
+    return ascend(model, loss, x, start=x, eps=eps, alpha=eps, steps=1)
 
 
 def kl_pgd(model, x, eps, alpha, steps):
@@ -668,11 +462,20 @@ def kl_pgd(model, x, eps, alpha, steps):
 
     Arguments and result as pgd. It starts from x + 0.001 normal noise: at x itself the KL is flat.
     """
-    with frozen(model):
-        with torch.no_grad():
-            log_p = model(x).log_softmax(1)
-        return ascend(model, lambda z: kl_divergence(log_p, model(z), "sum"),
-                      x, x + 1e-3 * torch.randn_like(x), eps, alpha, steps)
+    start = x + 1e-3 * torch.randn_like(x)
+    with frozen(model), torch.inference_mode(False), torch.no_grad():
+        log_p = model(x).log_softmax(1) if len(x) else None
+
+        def loss(z):
+            return kl_divergence(log_p, model(z), "sum")
+        return ascend(model, loss, x, start=start, eps=eps, alpha=alpha, steps=steps)
+
+
+def summed_cross_entropy(model, y):
+    """The function of images z -> CE(model(z), y), summed over the batch."""
+    def loss(z):
+        return F.cross_entropy(model(z), y.clone(), reduction="sum")    # y: of inference mode, too
+    return loss
 
 
 def kl_divergence(log_p, logits, reduction):
@@ -680,8 +483,41 @@ def kl_divergence(log_p, logits, reduction):
     return F.kl_div(logits.log_softmax(1), log_p, reduction=reduction, log_target=True)
 
 
+def ascend(model, loss, x, start, eps, alpha, steps):
+    """x_{k+1} = Proj(x_k + alpha sign grad loss(x_k)), Proj on |x' - x|_inf <= eps and [0, 1].
+
+    loss   function   points (B, C, h, w) -> a scalar, summed over the batch
+    start  like x     the first point, projected before its gradient is taken
+    The other arguments are those of pgd.  ValueError if x leaves [0, 1], where the projection would
+    move it by more than eps, or if eps does.  FloatingPointError if a gradient is not finite: the
+    sign of a NaN is 0, so the attack would silently stop and report robustness.
+    """
+    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
+        raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps {eps} is outside [0, 1]; give pixel units, 8/255, not 8")
+    step_sizes = alpha if isinstance(alpha, list) else [alpha] * steps
+    if len(x) == 0:
+        return x.detach().clone()
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
+        low = (x.detach() - eps).clamp(min=0)
+        high = (x.detach() + eps).clamp(max=1)
+        x_adv = start.detach().clamp(low, high)
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
+        for step_size in step_sizes:
+            x_adv.requires_grad_()
+            grad, = torch.autograd.grad(loss(x_adv), x_adv)
+            finite = finite & grad.isfinite().all()
+            x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
+    if not finite:
+        raise FloatingPointError("the attack met a gradient that is not finite")
+    return x_adv.detach()
+
+
 def pgd_at_loss(model, x, y, eps, alpha, steps):
     """CE(model(pgd(...)), y), mean over the batch; arguments as pgd.  Madry et al. 2018, Eq. 2.1"""
+    if len(x) == 0:
+        raise ValueError("the loss of no images is not defined")
     return F.cross_entropy(model(pgd(model, x, y, eps, alpha, steps)), y)
 
 
@@ -691,11 +527,9 @@ def trades_loss(model, x, y, eps, alpha, steps, beta):
     beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
     Mean over the batch.
     """
-    return trades_at(model, x, kl_pgd(model, x, eps, alpha, steps), y, beta)
-
-
-def trades_at(model, x, x_adv, y, beta):
-    """CE(model(x), y) + beta KL(p(x) || p(x_adv)), mean over the batch: what TRADES descends."""
+    if len(x) == 0:
+        raise ValueError("the loss of no images is not defined")
+    x_adv = kl_pgd(model, x, eps, alpha, steps)
     logits = model(x)
     robust = kl_divergence(logits.log_softmax(1), model(x_adv), "batchmean")
     return F.cross_entropy(logits, y) + beta * robust
@@ -709,7 +543,7 @@ def accuracy(model, batches, attack=None):
              correctly, since x itself lies in the ball: a clean error counts as broken
     ValueError without images, FloatingPointError if a logit is not finite.
     """
-    def hits(x, y):
+    def classified(x, y):
         with torch.no_grad():
             logits = model(x)
         if not logits.isfinite().all():
@@ -719,11 +553,14 @@ def accuracy(model, batches, attack=None):
     right = n = 0
     with frozen(model):
         for x, y in batches:
-            n, y = n + len(x), y.view(len(x))                           # (B, 1), too
-            ok = hits(x, y)
+            if len(x) == 0:
+                continue
+            y = y.view(len(x))                                          # (B, 1), too
+            n += len(x)
+            ok = classified(x, y)
             if attack is not None and ok.any():
-                x, y = x[ok], y[ok]
-                ok = hits(attack(model, x, y), y)
+                x_adv = attack(model, x[ok], y[ok])
+                ok = classified(x_adv, y[ok])
             right += int(ok.sum())
     if n == 0:
         raise ValueError("accuracy of no images is not defined")
@@ -736,66 +573,111 @@ def param_groups(model, weight_decay):
     Decay would pull the time constants, lam and dt, to values that mean nothing (the authors'
     models decay all alike).
     """
-    linear = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    decay = {id(m.weight) for m in model.modules() if isinstance(m, linear)}
-    return [{"params": [p for p in model.parameters() if (id(p) in decay) == decays],
-             "weight_decay": weight_decay if decays else 0.0} for decays in (True, False)]
+    decaying = set()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            decaying |= {w for name, w in module.named_parameters() if "bias" not in name}
+    weights = list(model.parameters())
+    return [{"params": [w for w in weights if w in decaying], "weight_decay": weight_decay},
+            {"params": [w for w in weights if w not in decaying], "weight_decay": 0.0}]
 
 
-def drawn_digits(n, seed, size=28):
-    """n faint, tilted digits on noise, ten classes: data without a download.
+# --- Within an attack weights are constants: each kernel is made once ---
 
-    n, seed, size  int   images, random seed, height and width in pixels
-    Returns images (n, 1, size, size) uint8 and labels (n,) int64. Place, size, tilt, contrast
-    (0.25 to 0.5 of the range) and noise vary; what is faint can be broken within a small eps.
+@contextmanager
+def frozen(model):
+    """Within it: eval mode, no gradients of weights, each kernel made once. Afterwards: as before.
+
+    Every attack and `accuracy` run in it. It may be nested, and left by an exception. Two threads
+    must not attack one model at a time: each would restore what the other has set.
     """
-    font = "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717"    # 5 rows of 3 bits
-    font = [[[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in digit] for digit in font.split()]
-    g = torch.Generator().manual_seed(seed)
-    images, labels = [], torch.randint(10, (n,), generator=g)
-    for y in labels.split(500):
-        affine = 0.4 * (torch.rand(len(y), 2, 3, generator=g) - 0.5)        # tilt, slant, shift
-        affine += torch.tensor([[2.2, 0.0, 0.0], [0.0, 1.7, 0.0]])          # and size
-        grid = F.affine_grid(affine, (len(y), 1, size, size), align_corners=False)
-        ink = F.grid_sample(torch.tensor(font)[y][:, None].float(), grid, align_corners=False)
-        ground, contrast = torch.rand(2, len(y), 1, 1, 1, generator=g)
-        x = 0.1 + 0.3 * ground + (0.25 + 0.25 * contrast) * ink             # (b, 1, size, size)
-        x = x + 0.05 * torch.randn(x.shape, generator=g)
-        images.append((255 * x.clamp(0, 1)).round().to(torch.uint8))
-    return torch.cat(images), labels
+    modes = [(module, module.training) for module in model.modules()]
+    wishes = [(w, w.requires_grad) for w in model.parameters()]
+    outermost = [module for module in model.modules() if not hasattr(module, "kept")]
+    try:
+        for module in outermost:
+            module.kept = {}                                            # what `once` has made
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module in outermost:
+            vars(module).pop("kept", None)
+        for module, training in modes:
+            module.training = training
+        for w, wants_gradient in wishes:
+            w.requires_grad_(wants_gradient)
 
 
-def demo(classifier, data_dir, epochs, n_train, n_test=1000, batch=64):
-    """PGD-AT of classifier(ads=...) on MNIST or drawn digits, without and with AdS; a table."""
-    eps, alpha, name = 0.1, 0.025, "MNIST"
+def once(module, key, make):
+    """make(), a function of the module's weights; within `frozen` its last result serves again.
+
+    It is made anew for another key, and when a weight is another tensor or was changed in place:
+    then its address or its version counter differs. (.data and fused optimisers do not move the
+    counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
+    torch.compile traces. Autocast is off: kernels need all their bits.
+    """
+    weights = [*module.parameters(), *module.buffers()]
+    device = weights[0].device.type if weights else "cuda"  # DataParallel's replicas on GPUs: none
+    with torch.autocast(device, enabled=False):
+        if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
+                or any(w.requires_grad or w.is_inference() for w in weights)):
+            return make()
+        state = [key, *((w.data_ptr(), w._version) for w in weights)]
+        if module.kept.get("state") != state:
+            with torch.inference_mode(False):                           # an attack may follow
+                module.kept = {"state": state, "result": make(),
+                               "weights": [w.detach() for w in weights]}    # keeps addresses taken
+        return module.kept["result"]
+
+
+# --- The demo ---
+
+def demo(parser, build, n_train=6000, n_test=1000):
+    """PGD-AT on MNIST at eps 0.1, without and with AdS; prints a table.
+
+    parser  ArgumentParser  the script's own flags
+    build   function        (args, ads) -> Classifier
+    """
+    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
     try:
         from torchvision.datasets import MNIST
-        sets = [MNIST(data_dir, train=train, download=False) for train in (True, False)]
-        sets = [(s.data[:, None], s.targets) for s in sets]
-    except Exception:                               # none there, damaged, or no torchvision
-        eps, alpha, name = 8 / 255, 2 / 255, f"drawn digits (no readable MNIST in {data_dir})"
-        sets = [drawn_digits(n_train, 0), drawn_digits(n_test, 1)]
-    (x, y), (x_test, y_test) = ((x[:n] / 255, y[:n]) for (x, y), n in zip(sets, (n_train, n_test)))
-    print(f"{name}: {len(x)} training and {len(x_test)} test images, PGD-AT, eps {eps:.3f}")
+        sets = [MNIST(args.data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as error:                  # no torchvision, no network, damaged files
+        print(f"no MNIST in {args.data_dir} ({error}): put torchvision's files there, name their "
+              "folder by --data-dir, or run python train.py --dataset synthetic", file=sys.stderr)
+        sys.exit(2)
+    train, test = (TensorDataset(s.data[:n, None] / 255, s.targets[:n])
+                   for s, n in zip(sets, (n_train, n_test)))
+    eps, alpha = 0.1, 0.025
+
+    def attack(model, x, y):
+        return pgd(model, x, y, eps, alpha, steps=10)
+    print(f"MNIST: {len(train)} training and {len(test)} test images, PGD-AT, eps {eps}")
     print("             parameters   clean   PGD-10")
     for ads in (None, "relu"):
         torch.manual_seed(0)
-        model = classifier(ads=ads)
-        optimizer = torch.optim.AdamW(param_groups(model, 2e-4), lr=3e-3)
-        order = [i for _ in range(epochs) for i in torch.randperm(len(x)).split(batch)]
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-        for step, i in enumerate(order):
-            ramp = min(1.0, 2 * step / len(order))      # at full eps a linear block never starts
-            loss = pgd_at_loss(model, x[i], y[i], ramp * eps, ramp * alpha, steps=5)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        model = build(args, ads).to(args.device)
+        optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+        for epoch in range(args.epochs):
+            # At full eps a block without an activation never starts: eps grows with the epochs.
+            ramp = min(1.0, (epoch + 0.5) / (0.5 * args.epochs))
+            for x, y in DataLoader(train, batch_size=64, shuffle=True):
+                x, y = x.to(args.device), y.to(args.device)
+                loss = pgd_at_loss(model, x, y, ramp * eps, ramp * alpha, steps=5)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             schedule.step()
-        test = list(zip(x_test.split(250), y_test.split(250)))
-        robust = accuracy(model, test, lambda *args: pgd(*args, eps, alpha, steps=10))
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{'with AdS' if ads else 'without AdS':12}{size:11,d}  {accuracy(model, test):6.1%}"
-              f"  {robust:6.1%}", flush=True)
+        batches = [(x.to(args.device), y.to(args.device)) for x, y in DataLoader(test, 250)]
+        clean = accuracy(model, batches)
+        robust = accuracy(model, batches, attack)
+        size = sum(w.numel() for w in model.parameters())
+        name = "with AdS" if ads else "without AdS"
+        print(f"{name:12}{size:11,d}  {clean:6.1%}  {robust:6.1%}", flush=True)
 
 # --- end of the shared text ---
 
@@ -803,11 +685,12 @@ def demo(classifier, data_dir, epochs, n_train, n_test=1000, batch=64):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ssm", choices=("s4", "dss", "s5"), default="s4", help="sequence map")
-    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
-    args = parser.parse_args()
-    demo(lambda ads: Classifier(1, 10, d_model=64, d_state=64, n_layers=2, patch_size=4, ads=ads,
-                                ssm=args.ssm), args.data_dir, args.epochs, n_train=6000)
+    demo(parser, build)
+
+
+def build(args, ads):
+    return Classifier(1, 10, d_model=64, d_state=64, n_layers=2, patch_size=4, ads=ads,
+                      ssm=args.ssm)
 
 
 if __name__ == "__main__":

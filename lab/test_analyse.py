@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT
+"""--analyse: every statement is measured on every model, and by hand on a few."""
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from lab import analyse, figures
+from test_all import (MODELS, TINY, close, images, name, randn, seeded, settings, tiny, trains,
+                      weights)
+
+SIZES = "--d-model 8 --d-state 4 --n-layers 1 --patch-size 14".split()
+
+
+def analyses(out, *words):
+    return train.main(["--analyse", *words, "--test-size", "6", "--device", "cpu", "--data-dir",
+                       "nowhere", "--out", str(out)])
+
+
+def at_start(out, *words):
+    return analyses(out, "--dataset", "synthetic", *SIZES, *words)
+
+
+def rows_of(folder, stem):
+    assert len((folder / f"{stem}.csv").read_text().splitlines()) > 10
+    rows = json.loads((folder / f"{stem}.json").read_text())["rows"]
+    assert all(math.isfinite(row["value"]) for row in rows)
+    return {(row["statement"], row["on"], row["layer"], row["quantity"]): row["value"]
+            for row in rows}
+
+
+# ---- What is measured ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", ([], ["--ads"], ["--control", "mlp"]), ids=str)
+def test_every_model_is_measured_at_initialisation(name, options, tmp_path, capsys):
+    assert at_start(tmp_path, "--model", name, *options) == 0
+    rows = rows_of(tmp_path, "analysis")
+    expected = {"P3" if name == "mamba" else "P1,", "change"}
+    if name == "attention":
+        expected.add("P4")
+    if options == ["--ads"]:
+        expected.add("P5")
+    if name in ("s4", "dss", "s5") and not options:
+        expected.add("certified")
+    assert {statement.split()[0] for statement, _, _, _ in rows} == expected
+    text = capsys.readouterr().out
+    assert "at initialisation" in text and all(quantity in text for _, _, _, quantity in rows)
+    for (_, _, _, quantity), value in rows.items():
+        if quantity == "worst input reaches / gain":
+            assert abs(value - 1) < 1e-10
+        if quantity == "|e - its three terms|, largest":
+            assert value < 1e-10
+        if quantity in ("error seen / gain, largest", "error / bound, largest"):
+            assert 0 < value <= 1
+
+
+def test_the_shares_of_the_three_terms_of_p5_sum_to_1(tmp_path):
+    assert at_start(tmp_path, "--ads") == 0
+    rows = rows_of(tmp_path, "analysis")
+    for on in ("test", "train"):
+        shares = [value for (statement, images, _, quantity), value in rows.items()
+                  if (statement, images) == ("P5 AdS", on) and quantity.startswith("share of")]
+        assert len(shares) == 3 and abs(sum(shares) - 1) < 1e-10
+
+
+def test_a_checkpoint_is_measured_beside_its_initialisation(tmp_path, capsys):
+    assert trains(tmp_path / "run", *TINY) == 0
+    best = str(tmp_path / "run" / "best.pt")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert analyses(tmp_path / "a", best) == 0
+    text = capsys.readouterr().out
+    assert f"{best}: s4, synthetic, n = 6 images, eps 8/255, seed 0" in text
+    assert at_start(tmp_path / "b") == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    trained, start = rows_of(tmp_path / "a", "best-analysis"), rows_of(tmp_path / "b", "analysis")
+    statement, gain = "P1, P2 fixed parameters: S4", "gain ||K||_1, largest"
+    assert trained[statement, "start", 1, gain] == start[statement, "test", 1, gain]
+    model = train.build(settings("--dataset", "synthetic", *TINY))
+    model.load_state_dict(weights(tmp_path / "run", "best.pt"))
+    by_hand = float(model.double().blocks[0].ssm.kernel(4).detach().abs().sum(1).max())
+    assert abs(trained[statement, "test", 1, gain] - by_hand) < 1e-10
+    assert trained[statement, "test", 1, gain] != trained[statement, "start", 1, gain]
+    drawn = (tmp_path / "a" / "best-analysis.png").exists()
+    assert drawn or "no figure: a figure needs matplotlib" in text
+
+
+def test_another_seed_of_the_attack_leaves_the_start_of_the_checkpoint(tmp_path):
+    assert trains(tmp_path / "run", *TINY, "--seed", "2") == 0
+    best = str(tmp_path / "run" / "best.pt")
+    assert analyses(tmp_path / "a", best) == analyses(tmp_path / "b", best, "--seed", "1") == 0
+    a, b = (rows_of(tmp_path / folder, "best-analysis") for folder in "ab")
+    statement = "P1, P2 fixed parameters: S4", "start", 1
+    for quantity, same in (("gain ||K||_1, largest", True), ("error seen / gain, largest", False)):
+        assert (a[*statement, quantity] == b[*statement, quantity]) is same
+
+
+def test_a_run_s_folder_stands_for_its_last_checkpoint_and_takes_the_results(tmp_path):
+    assert trains(tmp_path, *TINY) == 0
+    assert train.main(["--analyse", str(tmp_path), "--test-size", "2", "--device", "cpu"]) == 0
+    assert len(rows_of(tmp_path, "last-analysis")) > 10
+
+
+def test_eps_takes_alpha_along_and_both_may_differ_from_the_checkpoint_s(tmp_path):
+    assert trains(tmp_path, *TINY) == 0
+    for words, alpha in (([], 2 / 255), (["--eps", "4/255"], 1 / 255),
+                         (["--eps", "4/255", "--alpha", "3/255"], 3 / 255)):
+        c, _, _ = analyse.settings(["--analyse", str(tmp_path), "--device", "cpu", *words])
+        assert c.alpha == pytest.approx(alpha) and c.test_size == 100
+
+
+# ---- Change rates --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_the_distances_are_by_hand():
+    f, g = randn(2, 2, 3, 5)
+    p, q = f.softmax(-1), g.softmax(-1)
+    found = analyse.distances(f, g)
+    close(found["MSE"], ((f - g) ** 2).sum() / 30, 1e-12)
+    close(found["KL"], (p * (p / q).log()).sum() / 6, 1e-12)
+    close(found["MSE / mean square"], ((f - g) ** 2).sum() / (f ** 2).sum(), 1e-12)
+    close(analyse.distances(7 * f, 7 * g)["MSE / mean square"], found["MSE / mean square"], 1e-12)
+
+
+@torch.no_grad()
+def test_a_part_is_seen_at_work_on_clean_and_on_attacked_images(name):
+    model, (x, _), (x_adv, _) = tiny(name, ads="relu"), images(), images()
+    found = analyse.watch(model, x, x_adv)
+    assert len(found) == 2 and not any(module._forward_hooks for module in model.modules())
+    for layer, parts in found:
+        for seen in (parts["middle"], parts["out"], parts[""]):
+            assert not torch.equal(seen.u, seen.u_adv)
+        close(layer.middle(parts["middle"].u), parts["middle"].y)
+        close(layer.middle(parts["middle"].u_adv), parts["middle"].y_adv)
+
+
+def test_the_parts_that_the_figure_compares_follow_each_other(name):
+    c = SimpleNamespace(model=name, ads="relu", control=None)
+    _, (_, seen) = analyse.watch(tiny(name, ads="relu"), images()[0], images()[0])
+    parts = analyse.components(c, seen)
+    mixing = ["attention"] if name == "attention" else []
+    assert list(parts) == ["SSM", *mixing, "AdS", "Linear"]
+    assert parts["AdS"].y is parts["Linear"].u and parts["AdS"].y_adv is parts["Linear"].u_adv
+    last = parts["attention" if mixing else "SSM"]
+    assert last.y is parts["AdS"].u and last.y_adv is parts["AdS"].u_adv
+
+
+@torch.no_grad()
+def test_a_change_rate_is_the_distance_after_over_the_distance_before_less_1():
+    c = SimpleNamespace(model="s4", ads=None, control=None)
+    (_, seen), _ = analyse.watch(tiny("s4"), images()[0], images()[0])
+    rates = analyse.measure_changes(c, seen)
+    assert [key.split(": ")[0] for key in rates] == 3 * ["SSM"] + 3 * ["Linear"]
+    out = seen["out"]
+    before, after = ((b - a).square().sum() / a.numel() for a, b in (
+        (out.u, out.u_adv), (out.y, out.y_adv)))
+    close(rates["Linear: MSE"], after / before - 1, 1e-9)
+
+
+# ---- The figure of several models ----------------------------------------------------------------
+
+def test_analyses_of_several_models_are_drawn_into_one_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    files, drawn, draw_changes = [], [], figures.draw_changes
+    for method in ("standard", "pgd"):
+        assert trains(tmp_path / method, *TINY, "--method", method) == 0
+        assert analyses(tmp_path / method, str(tmp_path / method / "best.pt")) == 0
+        files.append(tmp_path / method / "best-analysis.json")
+
+    def draw(path, rows):
+        drawn.append(rows)
+        draw_changes(path, rows)
+    monkeypatch.setattr(figures, "draw_changes", draw)
+    assert train.main(["--plot", *map(str, files), "--out", str(tmp_path / "a.png")]) == 0
+    size = (tmp_path / "a.png").read_bytes()[16:24]
+    assert int.from_bytes(size[:4], "big") > 2 * int.from_bytes(size[4:], "big")
+    rows, = drawn
+    assert list(dict.fromkeys(row["on"] for row in rows)) == [
+        "ST test", "ST train", "PGD-AT test", "PGD-AT train"]
+    kept = json.loads(files[0].read_text())["rows"]
+    assert [row["value"] for row in rows if row["on"] == "ST test"] == [
+        row["value"] for row in kept
+        if row["statement"].startswith("change") and row["on"] == "test"]
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+BAD = {
+    "--analyse --dataset synthetic --eps 0":
+        "--eps 0.0: an analysis needs a perturbation; give a radius above 0",
+    "--analyse --dataset synthetic --eps 8": "--eps 8.0: it must lie in [0, 1]",
+    "--analyse --dataset synthetic --test-size 0": "--test-size 0: it must be at least 1",
+    "--analyse --dataset synthetic --test-size 9999": "--test-size 9999: synthetic has 2000 such",
+    "--analyse --dataset synthetic --d-state 3": "--d-state 3: s4 stores conjugate pairs",
+    "--analyse --dataset synthetic --epochs 2": "unrecognized arguments: --epochs 2",
+    "--analyse --dataset synthetic --device cuda:99": "--device cuda:99: there is no such device",
+    "--analyse --evaluate FILE": "unrecognized arguments: --evaluate FILE",
+    "--analyse=": "--analyse is empty; give a value, or leave it out",
+    "--analyse nowhere.pt": "--analyse nowhere.pt: there is no such file",
+    "--analyse FILE": "--analyse FILE: this is damaged, or no checkpoint of this program",
+    "--analyse EMPTY": "--analyse EMPTY: there is no checkpoint in that folder",
+    "--analyse --dataset cifar10 --data-dir EMPTY": "cifar-10-batches-py is not there",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_what_cannot_be_analysed_is_refused_and_nothing_is_written(
+        words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "torchvision_data", train.torchvision_data.__wrapped__)
+    if "cifar10" in words:
+        datasets = pytest.importorskip("torchvision.datasets")
+        monkeypatch.setattr(datasets.CIFAR10, "download", no_network)
+    Path("EMPTY").mkdir()
+    Path("FILE").write_text("{}")
+    words = words.split() + ([] if "--device" in words else ["--device", "cpu"])
+    assert train.main(words) == 2
+    err = capsys.readouterr().err
+    assert BAD[" ".join(words).removesuffix(" --device cpu")] in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["EMPTY", "FILE"]
+
+
+def no_network(dataset):
+    raise RuntimeError("no network")
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(tmp_path, capsys):
+    assert trains(tmp_path, *TINY) == 0
+    assert analyses(tmp_path, str(tmp_path / "best.pt"), "--model", "dss") == 2
+    assert "--model dss" in (err := capsys.readouterr().err) and "was trained with s4" in err

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: MIT
+"""--bench: every form computes the same, costs are those of one run, and nothing is left unsaid."""
+import copy
+import csv
+import math
+import sys
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import attention_adv
+import mamba_adv
+import s4_adv
+import train
+from lab import bench
+from test_all import (ALPHA, EPS, KERNELS, MODELS, close, images, name, randn, scrambled, seeded,
+                      tiny, tiny_model)
+
+SMALL = ("--d-model 8 --d-state 4 --n-layers 1 --patch-size 14 --steps 2 --dataset synthetic "
+         "--device cpu").split()
+WORKS = ["forward", "attack step", "pgd-2 AT step", "TRADES-2 step", "evaluation"]
+
+
+def bench_settings(*words):
+    return bench.settings(["--bench", "1", *SMALL, *words])
+
+
+def benches(out, *words):
+    return train.main(["--bench", "1", *SMALL, *words, "--out", str(out)])
+
+
+def rows(out):
+    with open(out / "bench.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- The plain form ------------------------------------------------------------------------------
+
+def trace(name):
+    """Losses, images and weights of three replays of FreeAT with an attack after each."""
+    torch.manual_seed(0)
+    model, x, y = tiny_model(name), torch.rand(3, 1, 4, 4).double(), torch.tensor([1, 2, 3])
+    optimizer, noise, seen = torch.optim.SGD(model.parameters(), lr=0.5), torch.zeros_like(x), []
+    script = MODELS[name]
+    for _ in range(3):
+        optimizer.zero_grad()
+        seen.append(train.free_backward(model, x, y, noise, EPS))
+        optimizer.step()
+        with script.frozen(model), torch.no_grad():
+            seen += [script.pgd(model, x, y, EPS, ALPHA, 2), model(x), noise.clone()]
+    return [*seen, *(w.detach() for w in model.parameters())]
+
+
+def test_the_plain_form_trains_and_attacks_to_the_same_numbers(name):
+    plain = bench.plainly()(trace)(name)
+    for a, b in zip(trace(name), plain):
+        close(a, b)
+
+
+def test_the_plain_form_has_the_same_gradient(name):
+    model, x, results = tiny_model(name), randn(3, 1, 4, 4).requires_grad_(), []
+    for form in ("fast", "plain"):
+        with bench.CONTEXTS.get(form, nullcontext)():
+            y = model(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
+    for fast, plain in zip(*results):
+        close(fast, plain)
+
+
+def test_the_plain_form_uses_nothing_of_the_fast_one_and_leaves_all_as_it_was(name, monkeypatch):
+    def refused(*args):
+        raise AssertionError("this is the fast form")
+    fast = [(owner, "frozen") for owner in (s4_adv, mamba_adv, attention_adv, train)]
+    fast += [(s4_adv, "vandermonde"), (attention_adv, "vandermonde"), (s4_adv.Scan, "apply"),
+             (mamba_adv, "selective_scan")]
+    jobs = bench.bench_jobs(bench_settings("--model", name, "--forms", "plain"))
+    for owner, function in fast:
+        monkeypatch.setattr(owner, function, refused)
+    with bench.plainly():
+        for job in jobs.values():
+            job()
+    assert all(getattr(owner, function) is refused for owner, function in fast)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_outlives_a_replay_of_free_at_and_a_stale_one_would_be_seen(name, monkeypatch):
+    right, kept, script = trace(name), {}, MODELS[name]
+
+    def stale(module, key, make):
+        if not hasattr(module, "kept") or next(module.parameters()).requires_grad:
+            return make()
+        return kept.setdefault((module, key), make())
+    monkeypatch.setattr(script, "once", stale)
+    assert any(not torch.allclose(a, b) for a, b in zip(trace(name), right))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("form", ("fast", "plain"))
+def test_a_work_makes_each_kernel_once_in_an_attack_and_plainly_at_each_step(
+        name, form, monkeypatch):
+    owner, method = KERNELS[name]
+    original, calls = getattr(owner, method), []
+    monkeypatch.setattr(owner, method, lambda *args: calls.append(1) or original(*args))
+    jobs = bench.bench_jobs(bench_settings("--model", name, "--steps", "3", "--forms", form))
+    for job, fast, plain in (("forward", 1, 1), ("attack step", 1, 1), ("pgd-3 AT step", 2, 4),
+                             ("TRADES-3 step", 3, 6), ("evaluation", 1 + 1, 1 + 1 + 10 + 1)):
+        calls.clear()
+        with bench.CONTEXTS.get(form, nullcontext)():
+            jobs[job]()
+        assert len(calls) == (fast if form == "fast" else plain), job   # one layer
+
+
+def test_without_triton_mamba_s_scan_is_made_of_pytorch_s_operations():
+    before = mamba_adv.TritonScan
+    with bench.CONTEXTS["no-triton"]():
+        assert mamba_adv.TritonScan is None
+    assert mamba_adv.TritonScan is before
+
+
+# ---- Peers ---------------------------------------------------------------------------------------
+
+MODULES = {"s5": "s5", "mamba": "mambapy.mamba"}
+
+
+def needs_peer(name):
+    return pytest.importorskip(MODULES[name], reason=f"{bench.PEERS[name]} is not installed")
+
+
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_a_peer_with_our_weights_has_our_logits_and_gradient(name, monkeypatch):
+    module = needs_peer(name)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # mambapy cuts A and D
+    if name == "s5":
+        monkeypatch.setattr(module.s5_model, "as_complex", torch.view_as_complex)
+    c = bench_settings("--model", name, "--n-layers", "2", "--patch-size", "4", "--forms", "fast")
+    model = scrambled(train.build(c))
+    twin = bench.put_peers(c, copy.deepcopy(model))
+    x = torch.rand(2, *c.shape, dtype=torch.float64).requires_grad_()
+    for a, b in zip(*((y, *torch.autograd.grad(y.square().sum(), x))
+                      for y in (model(x), twin(x)))):
+        close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_a_peer_as_it_comes_has_our_logits(name):
+    needs_peer(name)
+    assert bench.same_function(bench_settings("--model", name, "--forms", "fast"))
+
+
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed(
+        name, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, f"{name}_peer", lambda c, layer: made.append(
+        copy.deepcopy(layer)) or made[-1])
+    monkeypatch.setattr(bench, "sample_apart", bench.sample)
+    assert benches(tmp_path, "--model", name) == 0
+    kinds = ["fast", "bf16", "plain", "peer"]
+    assert [row["form"] for row in rows(tmp_path)] == kinds * 4 + ["fast", "plain", "peer"]
+    assert len(made) == 1 + 5                                           # to compare; for each work
+    assert made[1 + WORKS.index("pgd-2 AT step")].D.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("words", (["--ads"], ["--control", "mlp"]))
+def test_no_peer_has_ads_or_what_stands_in_its_place(words, monkeypatch):
+    monkeypatch.setattr(bench, "mamba_peer", copy.deepcopy)
+    assert "peer" not in bench_settings("--model", "mamba", *words).forms
+
+
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_without_the_peer_bench_says_what_to_install(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, MODULES[name], None)
+    assert "peer" not in bench_settings("--model", name).forms
+    assert f"No peer is timed: {bench.PEERS[name]} is not installed here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_a_peer_that_computes_something_else_is_not_timed(name, tmp_path, monkeypatch, capsys):
+    def half_peer(c, layer):
+        with torch.no_grad():
+            layer.D /= 2
+        return layer
+    monkeypatch.setattr(bench, f"{name}_peer", half_peer)
+    assert "peer" not in bench_settings("--model", name).forms
+    assert "computes other logits from the same weights" in capsys.readouterr().out
+    assert benches(tmp_path, "--model", name, "--forms", "peer") == 2
+    assert "--forms peer: choose from" in capsys.readouterr().err
+
+
+# ---- What a work costs ---------------------------------------------------------------------------
+
+def test_each_form_is_measured_with_what_it_says(monkeypatch):
+    c, seen = bench_settings("--ads"), []
+
+    def jobs(c, form):
+        return {"work": lambda: seen.append((form, c.precision, c.ads,
+                                             train.frozen is nullcontext))}
+    monkeypatch.setattr(bench, "bench_jobs", jobs)
+    for form in bench.FORMS:
+        bench.sample(c, "work", form)
+    assert seen[::2] == seen[1::2] == [
+        ("fast", "fp32", "relu", False), ("bf16", "bf16", "relu", False),
+        ("no-ads", "fp32", None, False), ("no-triton", "fp32", "relu", False),
+        ("plain", "fp32", "relu", True), ("peer", "fp32", "relu", False)]
+    assert (c.precision, c.ads) == ("fp32", "relu")
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_training_s_products_have_the_bits_of_the_form_and_evaluation_s_all(precision):
+    c, seen = bench_settings("--precision", precision), []
+    jobs = bench.bench_jobs(c)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(out.dtype) if type(module) is nn.Linear else None)
+    try:
+        for job, run in jobs.items():
+            seen.clear()
+            run()
+            bits = torch.bfloat16 if precision == "bf16" and job != "evaluation" else torch.float32
+            assert set(seen) == {bits}, job
+    finally:
+        hook.remove()
+
+
+def test_a_training_step_has_one_step_of_the_optimiser(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: steps.append(1))
+    for job, run in bench.bench_jobs(bench_settings()).items():
+        steps.clear()
+        run()
+        assert len(steps) == (job in ("pgd-2 AT step", "TRADES-2 step")), job
+
+
+def test_a_work_repeated_meets_the_same_weights_and_attacks_every_image(monkeypatch):
+    c, attacked, real = bench_settings(), [], MODELS["s4"].pgd
+    monkeypatch.setattr(MODELS["s4"], "pgd", lambda model, x, *rest: attacked.append(
+        (len(x), [w.detach().clone() for w in model.parameters()])) or real(model, x, *rest))
+    jobs = bench.bench_jobs(c)
+    for job in ("attack step", "pgd-2 AT step", "evaluation"):
+        jobs[job]()
+    assert [n for n, _ in attacked] == [16] * 3
+    for _, weights in attacked:
+        assert all(torch.equal(a, b) for a, b in zip(weights, attacked[0][1]))
+
+
+def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
+    c = bench_settings("--model", "mamba", "--forms", "plain", "--batch-size", "4", "--patch-size",
+                       "1", "--d-model", "32", "--d-state", "32")
+    c = bench.at_length(c, 256)
+    fast, plain = (bench.sample_apart(c, "attack step", form)["peak_mb"]
+                   for form in ("fast", "plain"))
+    states = 4 * 256 * 64 * 32 * 4 / 2 ** 20                            # MB; autograd keeps some
+    assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda:0"))
+def test_a_job_that_memory_does_not_suffice_for_has_no_cost_and_a_bug_is_no_lack_of_it(
+        device, monkeypatch):
+    def fails_by(error):
+        def fails(c, name, form):
+            raise error
+        monkeypatch.setattr(bench, "sample", fails)
+        return bench.sample_apart(SimpleNamespace(device=device), "forward", "fast")
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", ThreadPoolExecutor)
+    for error in (BrokenExecutor("terminated"), torch.cuda.OutOfMemoryError("CUDA out of memory"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        assert fails_by(error) is None
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fails_by(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+def test_bench_times_every_work_in_every_form_at_every_length_into_a_table_and_a_csv(
+        tmp_path, monkeypatch, capsys):
+    def sample(c, name, form):
+        if (name, form) == ("evaluation", "plain"):
+            return None
+        return bench.sample(c, name, form) | {"peak_mb": 2.0}
+    monkeypatch.setattr(bench, "sample_apart", sample)
+    assert benches(tmp_path, "--bench", "2", "--lengths", "3,8", "--ads") == 0
+    expected = []
+    for L in "38":
+        for work in WORKS:
+            expected += [(L, work, form) for form in ("fast", "bf16", "no-ads", "plain")
+                         if (work, form) != ("evaluation", "bf16")]
+    found = rows(tmp_path)
+    assert [(r["L"], r["work"], r["form"]) for r in found] == [
+        e for e in expected if e[1:] != ("evaluation", "plain")]
+    for r in found:
+        assert (r["model"], r["ads"], r["batch"]) == ("s4", "relu", "16")
+        assert float(r["peak_mb"]) == 2 and 0 < float(r["kernel_share"]) < 1
+        close(float(r["images_per_second"]) * float(r["seconds"]), 16.0)
+        close(float(r["us_per_token"]) * 16 * int(r["L"]), 1e6 * float(r["seconds"]), 1e-6)
+        assert r["form"] != "fast" or float(r["times_fast"]) == 1
+    text = capsys.readouterr().out
+    assert text.count("evaluation       plain      did not fit into memory") == 2
+    assert text.count("\n") == 4 + len(expected)
+    assert text.startswith("s4 + AdS relu, d_model 8, 1 layers, batch 16, micro-batch all, fp32,")
+
+
+def test_a_row_is_the_median_of_its_runs_and_their_spread_and_compares_cpu_seconds(monkeypatch):
+    costs = {"fast": iter([1.0, 4.0, 2.0]), "plain": iter([6.0, 6.0, 6.0])}
+    monkeypatch.setattr(bench, "sample_apart", lambda c, name, form: {
+        "seconds": 8.0, "cpu_seconds": next(costs[form]), "kernel_share": 0.5, "peak_mb": 1.0})
+    monkeypatch.setattr(bench, "bench_jobs", lambda c: ["forward"])
+    c = bench_settings("--forms", "fast,plain", "--bench", "3")
+    fast, plain = bench.timings(c, 4)
+    assert (fast["cpu_seconds"], fast["spread"], fast["times_fast"]) == (2.0, 1.5, 1.0)
+    assert (plain["seconds"], plain["spread"], plain["times_fast"]) == (8.0, 0.0, 3.0)
+    assert plain["images_per_second"] == 2 and plain["us_per_token"] == 8e6 / 16 / 4
+
+
+def test_nothing_that_fits_into_memory_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "sample_apart", lambda *args: None)
+    assert benches(tmp_path, "--forms", "fast") == 2
+    assert "--batch-size 16: nothing fits into memory; give fewer" in capsys.readouterr().err
+    assert not (tmp_path / "bench.csv").exists()
+
+
+def test_bench_on_a_gpu_stays_in_one_process_and_compares_seconds(monkeypatch):
+    def refused(*args):
+        raise AssertionError("a new process")
+    for function, fake in {"bench_jobs": lambda c: ["forward"], "get_context": refused,
+                           "sample": lambda c, name, form: {
+                               "seconds": 0.5 if form == "fast" else 1.0, "cpu_seconds": 0.25,
+                               "kernel_share": 0.1, "peak_mb": 1.0}}.items():
+        monkeypatch.setattr(bench, function, fake)
+    c = bench.changed(bench_settings("--forms", "fast,plain"), device="cuda:0", clock="seconds")
+    assert [row["times_fast"] for row in bench.timings(c, 4)] == [1.0, 2.0]
+
+
+def test_on_a_gpu_mamba_is_timed_without_triton_too(monkeypatch):
+    monkeypatch.setattr(mamba_adv, "TritonScan", nn.Module)
+    monkeypatch.setattr(bench, "has_peer", lambda c: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    c = bench.changed(bench_settings("--model", "mamba", "--forms", "fast"), device="cuda:0",
+                      forms=None)
+    assert bench.forms_here(c) == ["fast", "bf16", "no-triton", "plain"]
+    assert "no-triton" not in bench.forms_here(bench.changed(c, model="s4"))
+    assert "no-triton" not in bench.forms_here(bench.changed(c, device="cpu"))
+
+
+def test_on_a_cpu_a_run_has_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "bench_jobs", lambda c: ["forward"])         # its own has all works
+    assert benches(tmp_path, "--forms", "fast") == 0
+    row, = rows(tmp_path)
+    assert row["work"] == "forward" and float(row["cpu_seconds"]) > 0
+    assert "each the second one of a new process" in capsys.readouterr().out
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("there, batch", [(False, 16), (True, 256)])
+def test_bench_needs_no_device_and_takes_16_images_on_a_cpu(there, batch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: there)
+    monkeypatch.setattr(train, "check", lambda c: None)
+    assert bench.settings(["--bench", "--out", "x"]).batch_size == batch
+    assert bench.settings(["--bench", "--batch-size", "5"]).batch_size == 5
+
+
+def test_bench_runs_3_times_at_the_length_of_the_data_set_in_a_folder_of_its_own_name():
+    words = "--bench --ads --device cpu --n-layers 2".split()
+    c = bench.settings(words)
+    assert (c.bench, c.lengths, c.forms) == (3, [1024], ["fast", "bf16", "no-ads", "plain"])
+    assert c.out == "runs/bench-cifar10-s4-ads_relu-pgd-seed0-2x128-batch16"
+    assert bench.settings([*words, "--lengths", "64,256"]).out == c.out + "-L-64-256"
+
+
+BAD = {
+    "--bench 0": "--bench 0: it must be at least 1",
+    "--bench x": "argument --bench: invalid int value: 'x'",
+    "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 1,5,10",
+    "--bench --lengths 0": "--lengths [0]: each must be at least 1",
+    "--bench --resume": "unrecognized arguments: --resume",
+    "--bench --device meta": "--device meta: there is no such device here",
+    "--bench --d-state 3": "--d-state 3: s4 stores conjugate pairs; give an even number",
+    "--bench --forms no-ads": "--forms no-ads: choose from fast (as the scripts have it), bf16",
+    "--bench --forms no-triton": "--forms no-triton: choose from",
+    "--bench --forms fast,peer": "--forms peer: choose from",
+    "--bench --forms slow": "--forms slow: choose from",
+    "--bench --forms bf16 --precision bf16": "--forms bf16: choose from",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_what_cannot_be_timed_is_refused_before_anything_is_written(
+        words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and BAD[words] in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device, world", [("mps", 1), ("cpu", 2)])
+def test_another_kind_of_device_and_several_processes_are_refused(device, world, monkeypatch):
+    monkeypatch.setattr(train, "check", lambda c: None)
+    monkeypatch.setattr(train, "world", lambda: world)
+    with pytest.raises(train.UserError, match="--bench 3: it runs on cpu or cuda, in one process"):
+        bench.settings(["--bench", "--device", device])
+
+
+# ---- A compiled model ----------------------------------------------------------------------------
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
+                    reason="torch.compile of an autograd.Function needs a newer torch")
+@pytest.mark.parametrize("name", ("s4", "mamba", "attention"))
+def test_a_compiled_model_is_attacked_alike_and_keeps_no_kernel(name):
+    model, (x, y), script = tiny(name, ads="relu"), images(), MODELS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")                        # the trace, no compiler
+    for _ in range(2):
+        try:
+            close(compiled(x), model(x))
+        except RuntimeError as e:
+            if "not supported" not in str(e):
+                raise
+            pytest.skip(f"torch.compile does not run here: {e}")
+        seen = []
+        for m in (model, compiled):
+            torch.manual_seed(0)
+            seen.append(script.pgd(m, x, y, EPS, ALPHA, 3))
+        close(*seen)
+        script.pgd_at_loss(compiled, x, y, EPS, ALPHA, 1).backward()
+        with torch.no_grad():
+            for w in model.parameters():
+                w -= 0.1 * w.grad
+                w.grad = None

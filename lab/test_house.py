@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""The house rules: who imports whom, how long a file may be; README and results/ tell the truth."""
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from test_all import HERE, seeded
+
+FLOORS = [["ads"], ["s4_adv", "mamba_adv", "attention_adv"], ["train"]]
+
+# Lines at most. A file that outgrows its budget is split or shortened; a budget only falls.
+BUDGETS = {"README.md": 145, "ads.py": 95, "s4_adv.py": 710, "mamba_adv.py": 545,
+           "attention_adv.py": 545, "train.py": 1300, "test_all.py": 1000,
+           "lab/autoattack.py": 375, "lab/evaluate.py": 345, "lab/checks.py": 155,
+           "lab/theory.py": 200, "lab/certificate.py": 105, "lab/analyse.py": 350,
+           "lab/bench.py": 390, "lab/figures.py": 240, "lab/tables.py": 235,
+           "lab/triton_scan.py": 135}
+
+
+def imports(path):
+    """The modules that a file imports when it is imported: those inside functions wait."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_scripts_import_ads_alone_train_the_scripts_and_lab_whatever_it_needs():
+    below = set()
+    for floor in FLOORS:
+        for name in floor:
+            own = {m for m in imports(HERE / f"{name}.py") if (HERE / f"{m}.py").exists()}
+            assert own - {name} <= below, name
+        below |= set(floor)
+
+
+def test_importing_train_loads_nothing_of_lab():
+    code = ("import sys, train\n"
+            "print([m for m in sys.modules if m.startswith('lab') and m != 'lab.triton_scan'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
+    assert done.stdout.strip() in ("[]", "['lab']"), done.stdout + done.stderr
+
+
+def test_no_file_outgrows_its_budget():
+    budgets = BUDGETS | {str(f.relative_to(HERE)): 600 for f in (HERE / "lab").glob("test_*.py")}
+    for name, most in budgets.items():
+        if (HERE / name).exists():
+            assert (n := len((HERE / name).read_text().splitlines())) <= most, (name, n)
+
+
+def findings():
+    """results/README.md, or a skip where the code was copied without it."""
+    if not (HERE / "results" / "README.md").exists():
+        pytest.skip("no results/ beside the code")
+    return (HERE / "results" / "README.md").read_text()
+
+
+def test_the_tables_of_results_are_what_their_command_prints(monkeypatch, capsys):
+    text = findings()
+    monkeypatch.chdir(HERE / "results")
+    assert "python ../train.py --table NAME/* > NAME.md`" in text
+    names = sorted(path.stem for path in Path().glob("*.md") if path.stem != "README")
+    assert len(names) > 8
+    for name in names:
+        assert train.main(["--table", *sorted(str(run) for run in Path(name).iterdir())]) == 0
+        assert capsys.readouterr().out == Path(f"{name}.md").read_text()
+        assert f"({name}.md)" in text
+
+
+def cell_of(family, run, attack):
+    """Mean over seeds, in per cent, of Best under an attack; (not run) where there is none."""
+    found = []
+    for folder in sorted((HERE / "results" / family).glob(f"{run}-seed[0-9]")):
+        result = json.loads((folder / "result.json").read_text())
+        accuracy = result["Best"].get(attack)
+        if attack == "aa":
+            rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
+            rows = [row for row in rows if row["attack"] == "aa"]
+            accuracy = max(rows, key=lambda row: row["n"])["accuracy"] if rows else None
+        if accuracy is not None:
+            found.append(100 * accuracy)
+    if not found:
+        return "not run"
+    return f"{sum(found) / len(found):.1f}" + (" (1 seed)" if len(found) == 1 else "")
+
+
+def test_the_table_of_the_readme_is_that_of_the_runs():
+    findings()
+    runs = {"S4": "s4", "S4 + GELU": "s4-gelu", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads",
+            "Mamba": "mamba", "Mega": "attention"}
+    text = (HERE / "README.md").read_text()
+    rows = re.findall(r"^\| (S4.*?|Mamba|Mega) \| ([\d, /]+) \| (.*) \|$", text, re.M)
+    assert [name for name, _, _ in rows] == list(runs)
+    for name, parameters, cells in rows:
+        sizes = []
+        for family in ("mnist-eps0.3-long", "cifar10-patch4"):
+            log = HERE / "results" / family / f"{runs[name]}-seed0" / "log.txt"
+            if log.exists():
+                sizes += re.findall(r": ([\d,]+) trainable", log.read_text())
+        assert parameters == " / ".join(sizes)
+        assert cells.split(" | ") == [
+            *(cell_of("mnist-eps0.3-long", runs[name], a) for a in ("clean", "pgd-10", "aa")),
+            *(cell_of("cifar10-patch4", runs[name], a) for a in ("clean", "pgd-10", "aa"))]
+
+
+def test_the_readme_states_the_lines_of_each_file():
+    text = (HERE / "README.md").read_text()
+    found = re.findall(r"^\| \[(\w+\.py)\].*? \| ([\d,]+) \|", text, re.M)
+    assert len(found) == 6
+    for name, n in found:
+        assert int(n.replace(",", "")) == len((HERE / name).read_text().splitlines()), name
+
+
+def test_the_code_to_copy_runs(tmp_path):
+    """README's ten lines, in a folder with two files, on random images."""
+    code, = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    for file in ("ads.py", "s4_adv.py"):
+        (tmp_path / file).write_bytes((HERE / file).read_bytes())
+    (tmp_path / "own.py").write_text(code + """
+batch = [(torch.rand(4, 3, 32, 32), torch.arange(4))]
+assert 0 <= train(batch, batch, epochs=1) <= 1
+""")
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_accuracies_under_attack_in_the_findings_are_those_of_the_logs():
+    table = re.search(r"^(\| model \|.*\| aa \|.*)\n\|[-|]+\n((?:\|.*\n)+)", findings(), re.M)
+    heads, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                    for line in (table[1], *table[2].splitlines())]
+    logs = [[HERE / "results" / log for log in re.findall(r"\((evaluation/\S+)\)", row[-1])]
+            for row in rows]                                            # of a row's seeds
+    assert all(logs)
+    for row, some in zip(rows, logs):
+        found = [{name: (f"{float(value):.1f}", n) for name, value, n in re.findall(
+            r"^(\S+) +([\d.]+)% +[\d.]+% - +[\d.]+% +([\d,]+) ", log.read_text(), re.M)}
+            for log in some]
+        assert row[heads.index("n")] == ", ".join(names["clean"][1] for names in found)
+        for head, cell in list(zip(heads, row))[heads.index("n") + 1:-1]:
+            expected = [names[head][0] for names in found if head in names]
+            assert cell == ", ".join(expected) and len(expected) in (0, len(some)), (some, head)
+
+
+def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pgd_10():
+    said = re.findall(r"^\| (.+) \| (\d+) \| (\S+) to (\S+) \|$", findings(), re.M)
+    logs = dict(re.findall(r"\[([\w.-]+/[\w.-]+)\]\((evaluation/\S+\.txt)\)", findings()))
+    gaps, others = {}, []
+    for path in (HERE / "results").glob("*/*/result.json"):
+        result = json.loads(path.read_text())
+        c, run = result["config"], "/".join(path.parts[-3:-1])
+        if run in logs:                                     # its checkpoint is gone
+            text = (HERE / "results" / logs[run]).read_text()
+            left = dict(re.findall(r"^(pgd-\S+) +([\d.]+)%", text, re.M))
+            assert f"/{path.parts[-2]}/best.pt" in text
+            others.append(float(left["pgd-official"]) - float(left["pgd-10"]))
+            continue
+        kept = json.loads(path.with_name("best-evaluation.json").read_text())
+        at = {(r["n"], r["attack"]): 100 * r["accuracy"] for r in kept["rows"]
+              if (r["eps"], r["alpha"]) == (c["eps"], c["alpha"])}
+        n = max(n for n, attack in at if attack == "pgd-official")
+        assert kept["epoch"] == result["Best"]["epoch"] and n >= 500, path
+        kind = "standard" if c["method"] == "standard" else "adversarial"
+        name = f"{c['dataset']}, eps {train.show(c['eps'])}, {kind} training"
+        gaps.setdefault(name, []).append(at[n, "pgd-official"] - at[n, "pgd-10"])
+    assert len(said) > 4 and sorted(said) == sorted(
+        (name, str(len(found)), *(f"{f(found) + 0.0:.1f}" for f in (min, max)))
+        for name, found in gaps.items())
+    text = " ".join(findings().split())
+    assert f"Best of {sum(map(len, gaps.values()))} trained models" in text and len(others) == 9
+    assert f"lies {min(others):.1f} to {max(others):.1f} points above" in text
+
+
+def test_the_speeds_in_the_findings_are_those_of_the_logs():
+    text, step = findings(), r"pgd-10 AT step +(\S+) +\S+ +(\S+) .*%"
+    rows = re.findall(r"^(\| \S.*\(bench/([\w-]+)\.txt\) \|)$", text, re.M)
+    assert len(rows) == 6
+    for row, name in rows:
+        log = (HERE / "results" / "bench" / f"{name}.txt").read_text()
+        cpu = {form: float(seconds) for form, seconds in re.findall(step, log)}
+        mb = dict(re.findall(r"pgd-10 AT step +(\S+) +(?:\S+ +){5}(\d+) +[\d.]+%", log))
+        _, batch, here, bf16, plain, other, peak, _ = row.strip("|").split("|")
+        assert f"batch {batch.strip()}," in log and f"**{cpu['fast']:.1f} s**" in here
+        assert bf16.strip().startswith(f"{cpu['bf16']:.1f} s")
+        assert plain.strip() == f"{cpu['plain']:.1f} s, {cpu['plain'] / cpu['fast']:.1f}x"
+        assert peak.strip().startswith(f"{mb['fast']} / {mb['plain']}")
+        if "no-ads" in cpu:
+            assert f"{cpu['fast'] / cpu['no-ads']:.2f}x S4" in here
+            assert f"{cpu['bf16'] / cpu['no-ads']:.2f}x S4" in bf16
+        if "peer" in cpu:
+            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.1f}x" in other
+            assert f"/ {mb['peer']} MB" in peak
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_every_link_of_a_readme_leads_somewhere(name):
+    findings()
+    found = re.findall(r"\]\(((?!http)[^)]+)\)", (HERE / name).read_text())
+    assert len(found) > 12
+    for link in found:
+        path, _, heading = link.partition("#")
+        assert (goal := (HERE / name).parent / path if path else HERE / name).exists(), link
+        slugs = [re.sub(r"[^\w -]", "", line.lstrip("# ")).replace(" ", "-").lower()
+                 for line in (goal.read_text().splitlines() if heading else ())
+                 if line.startswith("#")]
+        assert not heading or heading in slugs, link
+
+
+def test_every_command_of_the_readme_has_flags_that_its_job_knows(monkeypatch):
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"^(?:torchrun .* )?(?:python )?train\.py (.*)$", text, re.M)
+    inline = re.findall(r"`(?:OMP_NUM_THREADS=1 )?python\s+train\.py\s([^`]*)`", text)
+    assert len(commands) >= 3 and any("--bench" in command for command in inline)
+    parsed = []
+
+    def stop(parser, words):
+        parsed.append(real(parser, words))
+        raise train.UserError("parsed")
+    real = train.Parser.given
+    monkeypatch.setattr(train.Parser, "given", stop)
+    for command in commands + [words for words in inline if words != "--help"]:
+        words = command.replace("MODEL", "mamba").replace("-size N", "-size 4")
+        words = shlex.split(words, comments=True)
+        parsed.clear()
+        assert train.main(words) == 2 and len(parsed) == 1, command     # no flag is unknown
