@@ -5,12 +5,11 @@
 
 Accuracies are in per cent; spread is the sample standard deviation. "Best: pgd-official" and
 "Best: aa" are what --evaluate RUN/best.pt left in the folder, with n where that is not all test
-images and with seeds where those are not all of the line's. Where --evaluate also left which
-images survived, a second table compares lines image by image.
+images and with seeds where those are not all of the line's. Where --evaluate also left which images
+survived, a second table compares lines image by image.
 
 Glossary   run   result.json as a dict, with what read_run and read_evaluation add to it
            line  a list of runs that differ in their seeds alone
-           cell  of a table, a dict {head: cell} for each of its lines
 """
 import json
 from pathlib import Path
@@ -39,12 +38,12 @@ def main(words):
                                   f"differ from those of {first['folder']}; print them apart")
     name_runs(runs)
     lines = group(runs)
-    attacks = first["task"]["attacks"]
+    attacks = first["config"]["attacks"]
     later = [attack for attack in LATER if attack not in attacks
              and any(find_row(run, attack) for run in runs)]
     alike = [f"{head} {value}" for head, value in first["columns"].items()
              if head not in first["name"]]
-    train.say(f"{first['task']['dataset']}, {', '.join(alike)}\n")
+    train.say(f"{first['config']['dataset']}, {', '.join(alike)}\n")
     print_markdown([line[0]["name"] | results(line, attacks, later) for line in lines])
     differences = compare(lines)
     if differences:
@@ -60,8 +59,8 @@ def check(values, low=0, high=1e9):
 
 
 def read_run(folder):
-    """result.json, "folder" and "seed"; "task": what runs of a table share; "columns" {head: value}
-    and "settings" {flag: value}.  UserError where it is missing, damaged or of another form."""
+    """result.json, with "folder", "seed", "task" (what all runs of a table share), and the dicts
+    "columns" and "settings".  UserError where it is missing, damaged or of another form."""
     try:
         run = json.loads((Path(folder) / "result.json").read_text())
         c = SimpleNamespace(**run["config"])
@@ -74,17 +73,14 @@ def read_run(folder):
         for attack in c.attacks:
             check([run["Best"][attack], run["Last"][attack]], 0, 1)
             check([run["Diff"][attack]], -1, 1)
-        run["folder"] = folder
-        run["seed"] = c.seed
-        run["task"] = {"dataset": c.dataset, "eps": c.eps, "attacks": c.attacks,
-                       "select": c.select}
+        run |= {"folder": folder, "seed": c.seed}
+        run["task"] = [c.dataset, c.eps, c.attacks, c.select]
         run["columns"] = {"model": train.name_of(c), "method": c.method, "eps": train.show(c.eps),
                           "steps": c.steps, "width": c.d_model, "epochs": c.epochs,
                           "n train": run["n_train"], "n test": run["n_test"]}
         run["settings"] = {flag: str(vars(c).get(flag)) for flag in SETTINGS}
         for flag, owner in OWN_SETTINGS.items():
-            mine = owner in (c.method, c.model)
-            run["settings"][flag] = str(vars(c).get(flag)) if mine else ""
+            run["settings"][flag] = str(vars(c).get(flag)) if owner in (c.method, c.model) else ""
     except WRONG:
         raise train.UserError(f"--table {folder}: there is no result.json of a finished run; let "
                               "the run end, or leave it out") from None
@@ -95,9 +91,9 @@ def read_run(folder):
 def read_evaluation(run):
     """Adds "rows", those of best-evaluation.json at the run's own eps and alpha, and "outcomes":
     {(attack, n, classes): [bool], which images survived}.  UserError where it is damaged."""
+    run |= {"rows": [], "outcomes": {}}
     file = Path(run["folder"]) / "best-evaluation.json"
-    run["rows"] = []
-    run["outcomes"] = {}
+    c = run["config"]
     if not file.exists():
         return
     try:
@@ -105,8 +101,7 @@ def read_evaluation(run):
         if evaluation.get("epoch", run["Best"]["epoch"]) != run["Best"]["epoch"]:
             return
         for row in evaluation["rows"]:
-            if row["eps"] == run["config"]["eps"] and (
-                    row["attack"] == "aa" or row["alpha"] == run["config"]["alpha"]):
+            if row["eps"] == c["eps"] and (row["attack"] == "aa" or row["alpha"] == c["alpha"]):
                 check([row["n"]], 1)
                 check([row["accuracy"]], 0, 1)
                 run["rows"].append(row)
@@ -188,8 +183,7 @@ def links(runs, *files):
     """A link for each run, by its seed, to the first of these files that is there, or the last."""
     found = []
     for run in runs:
-        there = [file for file in files if (Path(run["folder"]) / file).exists()]
-        file = there[0] if there else files[-1]
+        file = next((file for file in files if (Path(run["folder"]) / file).exists()), files[-1])
         found.append(f"[{run['seed']}]({run['folder']}/{file})")
     return " ".join(found)
 
@@ -214,12 +208,8 @@ def compare(lines):
     Difference and interval are means over the seeds that both lines have. All seeds have the same
     images, so that the interval gets no narrower by their number. p is that of each seed.
     """
-    keys = {}
-    for line in lines:
-        for run in line:
-            keys |= dict.fromkeys(run["outcomes"])
     rows = []
-    for key in keys:
+    for key in dict.fromkeys(key for line in lines for run in line for key in run["outcomes"]):
         base, *others = [line for line in lines if outcomes_of(line, key)]
         for line in others:
             minus, survived = outcomes_of(base, key), outcomes_of(line, key)

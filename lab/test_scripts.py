@@ -81,8 +81,9 @@ def test_without_mnist_the_demo_says_in_one_sentence_what_to_do(
         monkeypatch.setattr(datasets.MNIST, "download", download)
     if state == "damaged":
         (tmp_path / "MNIST" / "raw").mkdir(parents=True)
-        for file in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-            (tmp_path / "MNIST" / "raw" / f"{file}-ubyte").write_bytes(b"x" * 99)
+        for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3",
+                     "t10k-labels-idx1"):
+            (tmp_path / "MNIST" / "raw" / f"{part}-ubyte").write_bytes(b"x" * 99)
     with pytest.raises(SystemExit) as end:
         demo(script, monkeypatch, tmp_path)
     said = capsys.readouterr()

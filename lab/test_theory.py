@@ -56,7 +56,9 @@ def test_p1_no_input_passes_the_gain(kind, L):
 
 def norm_of_kernel(ssm, L):
     """||K||_1: the gain, but of EMA over all 2L - 1 lags."""
-    return ssm.kernel(L).abs().sum(1) if isinstance(ssm, attention_adv.EMA) else theory.gain(ssm, L)[0]
+    if isinstance(ssm, attention_adv.EMA):
+        return ssm.kernel(L).abs().sum(1)
+    return theory.gain(ssm, L)[0]
 
 
 @few

@@ -11,8 +11,9 @@ P3  Mamba: the error is as large as the stored state; it grows linearly, never e
 P4  attention: the error stays below the range of the values
 P5  AdS: the error is the sum of three terms, and ReLU can remove it exactly
 
-Glossary   u, y  input and output of a map (B, L, H); du, dy their perturbations; |.|_inf the largest
-           ', _adv  attacked; in A', B' discretised     K kernel with D in K_0, K_hat its transform
+Glossary   u, y  input and output of a map (B, L, H); du, dy  their perturbations
+           ', _adv  attacked; in A', B': discretised; |.|_inf  the largest absolute entry
+           K  kernel with D in K_0, K_hat  its Fourier transform
 All in float64.
 """
 import torch
@@ -23,8 +24,8 @@ from s4_adv import DSS, S4, S5
 
 
 # --------------------------------------------------------------------------------------------------
-# P1. A fixed map answers a perturbation by dy = K * du, whatever u is. The worst du has the signs of
-#     the kernel, so the gain, the largest |dy| for |du| <= 1, is the kernel's l1 norm.
+# P1. A fixed map answers a perturbation by dy = K * du, whatever u is. The worst du has the signs
+#     of the kernel, so the gain, the largest |dy| for |du| <= 1, is the kernel's l1 norm.
 # --------------------------------------------------------------------------------------------------
 
 def kernel(ssm, L):
@@ -105,8 +106,8 @@ def gain_bounds(ssm, L):
 
 
 # --------------------------------------------------------------------------------------------------
-# P3. Mamba selects A' and B' by its input, so an attack moves them, too: the error then takes a part
-#     of the stored state along. No bound follows from the weights, but |A'| < 1 forbids explosion.
+# P3. Mamba selects A' and B' by its input, so an attack moves them, too: the error then takes a
+#     part of the stored state along. The weights give no bound, but |A'| < 1 forbids explosion.
 # --------------------------------------------------------------------------------------------------
 
 def scan_errors(clean, attacked, A, h=0.0):
