@@ -54,6 +54,7 @@ class AdaptiveScaling(nn.Module):
         return s, t
 
     def forward(self, y):
+        y = y.contiguous()                                                  # it is read three times
         s, t = self.scale_and_shift(y)
         return torch.addcmul(t, s, y)                                       # s * y + t
 

@@ -130,13 +130,15 @@ def cauchy(w, lam, s, c):
     """sum_n w_n / (is - c lam_n) + w_n* / (is - c lam_n*).              S4, Sec. 3.2: Cauchy kernel
 
     w  (H, 4, N/2), lam  (N/2,)  complex    s  (H, M), c  (M,)  real    returns  (H, 4, M)
-    Over their common denominator two terms of a pair are 2 (is Re w_n - c Re(w_n lam_n*)).
+    The two terms of a pair are 2 (is Re w - c Re(w lam*)) / (c^2 |lam|^2 - s^2 - 2isc Re lam).
     """
-    z = 1j * s[:, None]
-    R = 1 / ((z - c * lam[:, None]) * (z - c * lam.conj()[:, None]))        # (H, N/2, M)
-    real = 2 * torch.cat([w.real, (w * lam.conj()).real], 1)                # (H, 8, N/2)
-    first, second = (real.to(R.dtype) @ R).chunk(2, 1)                      # (H, 4, M) each
-    return z * first - c * second
+    s = s[:, None]                                                          # (H, 1, M)
+    real = (lam.abs()[:, None] * c) ** 2 - s ** 2                           # (H, N/2, M)
+    imag = -2 * lam.real[:, None] * (s * c)                                 # (H, N/2, M)
+    numerators = 2 * torch.cat([w.real, (w * lam.conj()).real], 1)          # (H, 8, N/2)
+    sums = numerators.to(w.dtype) @ torch.complex(real, imag).reciprocal()  # (H, 8, M)
+    first, second = sums.chunk(2, 1)
+    return 1j * s * first - c * second
 
 
 class S4(nn.Module):

@@ -25,27 +25,6 @@ def tiny_settings(*words):
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-def test_drawn_digits_depend_on_their_seed_alone():
-    state = torch.get_rng_state()
-    x, y = train.drawn_digits(501, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (x.dtype, x.shape) == (torch.uint8, (501, 1, 28, 28)) and x.min() < 50 and x.max() > 150
-    assert (y.dtype, y.shape) == (torch.int64, (501,)) and set(y.tolist()) == set(range(10))
-    torch.manual_seed(7)
-    train.drawn_digits.cache_clear()
-    again, other = train.drawn_digits(501, seed=3), train.drawn_digits(501, seed=4)
-    assert torch.equal(again[0], x) and torch.equal(again[1], y) and not torch.equal(other[0], x)
-    assert train.drawn_digits(2, seed=0, size=16)[0].shape == (2, 1, 16, 16)
-
-
-def test_drawn_digits_show_their_labels():
-    x, y = train.drawn_digits(4000, seed=0)
-    x = F.pad(x.flatten(1).double() / 255, (0, 1), value=1)             # least squares, with a bias
-    gram = x[:3000].T @ x[:3000] + 10 * torch.eye(785)
-    w = torch.linalg.solve(gram, x[:3000].T @ F.one_hot(y[:3000]).double())
-    assert ((x[3000:] @ w).argmax(1) == y[3000:]).double().mean() > 0.3         # chance is 0.1
-
-
 @needs("tiny-imagenet-200")
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 def test_tiny_imagenet_is_decoded_shuffled_and_in_colour():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from test_all import DATA, TINY, close, log, seeded, settings, tiny_model, trains, weights
@@ -105,3 +106,24 @@ def test_evaluation_counts_by_hand_and_attacks_only_what_is_still_right(monkeypa
             x, y = images[b][right[b]][:1], labels[b][right[b]][:1]
             broken += int((model(1 - x.float() / 255).argmax(1) != y).sum())
     assert found["x"] == (6 - broken) / 10
+
+
+def test_drawn_digits_depend_on_their_seed_alone():
+    state = torch.get_rng_state()
+    x, y = train.drawn_digits(501, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (x.dtype, x.shape) == (torch.uint8, (501, 1, 28, 28)) and x.min() < 50 and x.max() > 150
+    assert (y.dtype, y.shape) == (torch.int64, (501,)) and set(y.tolist()) == set(range(10))
+    torch.manual_seed(7)
+    train.drawn_digits.cache_clear()
+    again, other = train.drawn_digits(501, seed=3), train.drawn_digits(501, seed=4)
+    assert torch.equal(again[0], x) and torch.equal(again[1], y) and not torch.equal(other[0], x)
+    assert train.drawn_digits(2, seed=0, size=16)[0].shape == (2, 1, 16, 16)
+
+
+def test_drawn_digits_show_their_labels():
+    x, y = train.drawn_digits(4000, seed=0)
+    x = F.pad(x.flatten(1).double() / 255, (0, 1), value=1)             # least squares, with a bias
+    gram = x[:3000].T @ x[:3000] + 10 * torch.eye(785)
+    w = torch.linalg.solve(gram, x[:3000].T @ F.one_hot(y[:3000]).double())
+    assert ((x[3000:] @ w).argmax(1) == y[3000:]).double().mean() > 0.3         # chance is 0.1
