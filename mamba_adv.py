@@ -77,7 +77,7 @@ def selective_scan(u, dt, A, B, C, D):
     B, C = (v.expand(*u.shape[:2], A.shape[1]) for v in (B, C))
     if u.is_cuda and TritonScan is not None:
         return TritonScan.apply(u, dt, A, B, C, D)
-    # On a CPU few images at a time, so that a chunk of SIZE states, what its cache holds, has 8 steps.
+    # On a CPU few images at a time: then a chunk of SIZE states, what its cache holds, has 8 steps.
     n = len(u) if u.is_cuda else max(1, SelectiveScan.SIZE // (8 * A.numel()))
     parts = zip(*(v.split(n) for v in (u, dt, B, C)))
     return torch.cat([SelectiveScan.apply(u, dt, A, B, C, D) for u, dt, B, C in parts])
