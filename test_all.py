@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the papers say, as tests. A name is a sentence; its body is the proof.
 
-    python -m pytest -q test_all.py            # two minutes on one core; no GPU, no data
+    python -m pytest -q test_all.py            # half a minute on one core; no GPU, no data
 
 Identities are checked in float64 at tiny sizes. A `Spy` is a model that keeps what it is fed. The
 section "Parity" writes all five models once more, in numpy loops, from the formulas of the papers.
