@@ -6,11 +6,12 @@ Sources    Carlini et al. 2019, On Evaluating Adversarial Robustness (1902.06705
            Athalye et al. 2018, Obfuscated Gradients Give a False Sense of Security (1802.00420)
 """
 import copy
-import functools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.linalg import vecdot
 
 import train
 from lab import autoattack
@@ -26,46 +27,52 @@ def check_gradients(model, images, labels, c):
     """
     n = min(len(labels), c.test_size or 200)
     x = images[:n].to(next(model.parameters()).dtype) / 255
-    y = labels[:n]
+    batches = list(zip(x.split(c.batch_size), labels[:n].split(c.batch_size)))
     slack = max(0.02, 1 / n) + 1e-9
-    found, known, errors = [], {}, []
+    found = []
+    known = {}                                  # all numbers so far
+    numbers = {}                                # those of the check at hand
+    errors = []                                 # of the check at hand
 
-    def attempt(measure, *args):
-        try:
-            return measure(model, x, y, c, *args)
-        except (train.UserError, FloatingPointError) as e:
-            errors.append(str(e))
-            return math.nan                     # which passes no comparison
+    def number(name, measure, *args):
+        """measure(model, batches, c, *args); NaN, which passes no comparison, after an error."""
+        if name not in known:
+            try:
+                known[name] = measure(model, batches, c, *args)
+            except (train.UserError, FloatingPointError) as e:
+                errors.append(str(e))
+                return math.nan
+        numbers[name] = known[name]
+        return known[name]
 
     def left(attack, eps=None, logits=1.0):
         """The share of images that an attack leaves right, at a radius, with scaled logits."""
-        key = attack + (f" at eps {train.show(eps)}" if eps is not None else "")
-        key += f", logits x {logits:g}" if logits != 1 else ""
-        if key not in known:
-            known[key] = attempt(share_left, attack, eps, logits)
-        numbers[key] = known[key]
-        return known[key]
+        name = attack
+        if eps is not None:
+            name += f" at eps {train.show(eps)}"
+        if logits != 1:
+            name += f", logits x {logits:g}"
+        return number(name, share_left, attack, eps, logits)
+
+    def falls(*shares):
+        return all(b <= a + slack for a, b in zip(shares, shares[1:]))
 
     def passes(name, condition):
         passed = bool(condition) and not errors
-        shown = {"error": errors[-1]} if errors else dict(numbers)
+        shown = {"error": errors[0]} if errors else dict(numbers)
         found.append({"name": name, "passed": passed, "numbers": shown})
         train.say(f"{'pass' if passed else 'FAIL'}  {name:36}  " + "; ".join(
             f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in shown.items()))
         numbers.clear()
         errors.clear()
 
-    def falls(*shares):
-        return all(b <= a + slack for a, b in zip(shares, shares[1:]))
-
-    numbers = {}                                # of the check at hand
     train.say(f"\nchecks for masked gradients, n = {n:,}")
     with train.frozen(model):
-        gap = numbers["largest relative difference"] = attempt(repetition_gap)
+        gap = number("largest relative difference", repetition_gap)
         passes("forward deterministic and finite", gap < 1e-6)
-        share = numbers["images without"] = attempt(share_without_gradient)
-        passes("gradient not zero", share <= 0.01)
-        share = numbers["images off by 0.1 %"] = attempt(share_off_the_slope, numbers)
+        passes("gradient not zero", number("images without", share_without_gradient) <= 0.01)
+        share = number("images off by 0.1 %", slope_error, share_off)
+        number("median error", slope_error, torch.median)
         passes("gradient is the slope, in float64", share <= 0.01)
         passes("fgsm, pgd-10, pgd-50x5 in this order",
                falls(left("clean"), left("fgsm"), left("pgd-10"), left("pgd-50x5")))
@@ -78,75 +85,71 @@ def check_gradients(model, images, labels, c):
         # Logits so large that the softmax saturates hide the gradient; smaller ones show it.
         scaled = [left("pgd-10", None, k) for k in (1, 0.1, 0.01)]
         passes("smaller logits change nothing", all(scaled[0] <= v + slack for v in scaled[1:]))
-        passes("noise weaker than pgd-10", left("pgd-10") < left(NOISE) or left(NOISE) == 0)
+        noise = left(NOISE)
+        passes("noise weaker than pgd-10", left("pgd-10") < noise or noise == 0)
     return found
 
 
-def by_batch(c, function, x, y):
-    """function(x, y) of all images, the batches joined."""
-    return torch.cat([function(*batch) for batch in zip(x.split(c.batch_size),
-                                                        y.split(c.batch_size))])
-
-
-def share_left(model, x, y, c, attack, eps, logits):
-    """The share of images that an attack leaves right."""
+def share_left(model, batches, c, attack, eps, logits):
+    """The share of images that an attack leaves right, at a radius, with scaled logits."""
     at = c if eps is None else train.at_radius(c, eps)
 
     def noise(model, x, y):
         return (x + at.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
-    quick = {WHITE: [lambda *batch: autoattack.apgd_ce(*batch, at.eps, 50)],
-             TARGETED: [lambda *batch: autoattack.apgd_t(*batch, at.eps, 3, 50)],
-             BLACK: [lambda *batch: autoattack.square(*batch, at.eps, 500, 500)],
+    quick = {WHITE: [partial(autoattack.apgd_ce, eps=at.eps, steps=50)],
+             TARGETED: [partial(autoattack.apgd_t, eps=at.eps, targets=3, steps=50)],
+             BLACK: [partial(autoattack.square, eps=at.eps, queries=500, span=500)],
              NOISE: 10 * [noise]}
     attacks = quick.get(attack) or train.attacks_of(attack, at)
+    seed = partial(train.seed_of, c.seed, attack)
 
-    def seed(k):
-        return train.seed_of(c.seed, attack, k)
-
-    def right(x, y):
-        return train.still_right(model, x, y, attacks, seed)[-1]
-    hook = model.register_forward_hook(lambda module, args, z: z * logits)
+    def scale(module, args, z):
+        return z * logits
+    hook = model.register_forward_hook(scale)
     try:
-        return float(by_batch(c, right, x, y).double().mean())
+        right = [train.still_right(model, x, y, attacks, seed)[-1] for x, y in batches]
     finally:
         hook.remove()
+    return float(torch.cat(right).double().mean())
 
 
-def repetition_gap(model, x, y, c):
+def repetition_gap(model, batches, c):
     """The largest difference of two forward passes, over the largest logit."""
     with torch.no_grad():
-        first = by_batch(c, lambda x, y: train.scores(model, x), x, y)
-        second = by_batch(c, lambda x, y: train.scores(model, x), x, y)
+        first = torch.cat([train.scores(model, x) for x, _ in batches])
+        second = torch.cat([train.scores(model, x) for x, _ in batches])
     return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
 
 
-def share_without_gradient(model, x, y, c):
+def share_without_gradient(model, batches, c):
     """The share of images whose cross-entropy has gradient 0."""
-    def size(x, y):
-        loss = functools.partial(F.cross_entropy, reduction="none")
+    without = []
+    for x, y in batches:
+        loss = partial(F.cross_entropy, reduction="none")
         _, _, grad = autoattack.differentiate(model, x, loss, y)
-        return grad.abs().flatten(1).amax(1)
-    return float((by_batch(c, size, x, y) == 0).double().mean())
+        without.append((grad == 0).flatten(1).all(1))
+    return float(torch.cat(without).double().mean())
 
 
-def share_off_the_slope(model, x, y, c, numbers, h=1e-7):
-    """(f(x + h v) - f(x - h v)) / 2 h against <grad f(x), v>, f a random sum of logits, in float64:
-    the share of images that is off by more than 0.1 %. numbers gets the median error."""
+def slope_error(model, batches, c, summary, h=1e-7):
+    """summary of the errors |(f(x + h v) - f(x - h v)) / 2 h - <grad f(x), v>| / |grad f(x)|, (n,).
+
+    f is a random sum of logits, v a random direction; float64. NaN where there is no gradient.
+    """
     model = copy.deepcopy(model).double()
-
-    def error(x, y):
+    torch.manual_seed(train.seed_of(c.seed, "direction"))
+    errors = []
+    for x, _ in batches:
         x = x.double()
         v = torch.randint_like(x, 2).double() * 2 - 1
         mix = torch.randn(len(x), c.classes, dtype=x.dtype, device=x.device)
-
-        def mixed(z):
-            return (z * mix).sum(1)
-        _, _, grad = autoattack.differentiate(model, x, mixed)
+        _, _, grad = autoattack.differentiate(model, x, vecdot, mix)
         with torch.no_grad():
-            rise = (mixed(model(x + h * v)) - mixed(model(x - h * v))) / (2 * h)
-        return (rise - (grad * v).flatten(1).sum(1)).abs() / grad.flatten(1).norm(dim=1)
-    torch.manual_seed(train.seed_of(c.seed, "direction"))
-    with train.frozen(model):
-        errors = by_batch(c, error, x, y)
-    numbers["median error"] = float(errors.median())
-    return float((~(errors < 1e-3)).double().mean())                        # NaN: no gradient
+            rise = vecdot(train.scores(model, x + h * v) - train.scores(model, x - h * v), mix)
+        slope = (grad * v).flatten(1).sum(1)
+        errors.append((rise / (2 * h) - slope).abs() / grad.flatten(1).norm(dim=1))
+    return float(summary(torch.cat(errors)))
+
+
+def share_off(errors):
+    return (~(errors < 1e-3)).double().mean()

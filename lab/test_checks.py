@@ -19,6 +19,7 @@ NAMES = ["forward deterministic and finite", "gradient not zero",
          "accuracy falls with eps", "accuracy falls with steps", "accuracy is 0 at eps 1",
          "cross-entropy and targeted DLR agree", "square not stronger than pgd-50x5",
          "smaller logits change nothing", "noise weaker than pgd-10"]
+MEASURES = "repetition_gap", "share_without_gradient", "slope_error", "share_left"
 
 
 def check_settings(**kw):
@@ -129,7 +130,7 @@ def test_a_scan_without_gradient_for_its_decay_is_caught_by_the_slope(detach):
     ("cross-entropy and targeted DLR agree", (.5, .45), (.5, .3)),
     ("square not stronger than pgd-50x5", (.5, .6), (.5, .4)),
     ("smaller logits change nothing", (.5, .6, .6), (.5, .6, .4)),
-    ("noise weaker than pgd-10", (.5, .9), (.9, .9))])
+    ("noise weaker than pgd-10", (.9, .5), (.9, .9))])
 def test_a_check_passes_what_is_possible_and_fails_what_is_not(
         name, possible, impossible, digits_net, monkeypatch):
     asked = {"fgsm, pgd-10, pgd-50x5 in this order": ["clean", "fgsm", "pgd-10", "pgd-50x5"],
@@ -139,26 +140,37 @@ def test_a_check_passes_what_is_possible_and_fails_what_is_not(
              "cross-entropy and targeted DLR agree": [checks.WHITE, checks.TARGETED],
              "square not stronger than pgd-50x5": ["pgd-50x5", checks.BLACK],
              "smaller logits change nothing": [("pgd-10", None, k) for k in (1, 0.1, 0.01)],
-             "noise weaker than pgd-10": ["pgd-10", checks.NOISE]}[name]
+             "noise weaker than pgd-10": [checks.NOISE, "pgd-10"]}[name]
     asked = [(key,) if isinstance(key, str) else key for key in asked]
     asked = [(*key, None, 1.0)[:3] if len(key) == 1 else (*key, 1.0)[:3] for key in asked]
     for shares, passes in ((possible, True), (impossible, False)):
         known = dict(zip(asked, shares))
-        monkeypatch.setattr(checks, "share_left", lambda model, x, y, c, *key: known.get(key, 0.5))
+        monkeypatch.setattr(checks, "share_left",
+                            lambda model, batches, c, *key: known.get(key, 0.5))
         model, x, y = digits_net
         found = checks.check_gradients(model, x.repeat(4, 1, 1, 1), y.repeat(4),
                                        check_settings(test_size=200))
         found = {check["name"]: check for check in found}
         assert found[name]["passed"] is passes
-        assert sorted(found[name]["numbers"].values()) == sorted(shares)
+        assert tuple(found[name]["numbers"].values()) == shares
+
+
+def test_a_check_fails_whenever_a_number_that_it_needs_cannot_be_had(digits_net, monkeypatch):
+    def share_left(model, batches, c, attack, *rest):
+        if attack == "pgd-10":
+            raise FloatingPointError("no gradient")
+        return 0.0
+    monkeypatch.setattr(checks, "share_left", share_left)
+    found = failures(check(*digits_net))
+    assert list(found) == [NAMES[k] for k in (3, 4, 5, 9, 10)]              # those with pgd-10
+    assert all(numbers == {"error": "no gradient"} for numbers in found.values())
 
 
 def test_checks_are_printed_written_and_decide_the_exit_code(trained, capsys, monkeypatch):
     for fails in (False, True):
+        for name in MEASURES:
+            monkeypatch.setattr(checks, name, lambda *args: 0.0)
         monkeypatch.setattr(checks, "repetition_gap", lambda *args: float(fails))
-        monkeypatch.setattr(checks, "share_without_gradient", lambda *args: 0.0)
-        monkeypatch.setattr(checks, "share_off_the_slope", lambda *args: 0.0)
-        monkeypatch.setattr(checks, "share_left", lambda *args: 0.0)
         assert evaluates(trained[0], "--checks") == int(fails)
         out = capsys.readouterr().out
         assert f"{'FAIL' if fails else 'pass'}  forward deterministic" in out and "n = 20" in out
@@ -169,7 +181,9 @@ def test_checks_are_printed_written_and_decide_the_exit_code(trained, capsys, mo
 
 @pytest.mark.parametrize("words, n", [([], 200), (["--test-size", "210"], 210)])
 def test_checks_take_200_images_unless_told(words, n, trained, capsys, monkeypatch):
-    for name in ("repetition_gap", "share_without_gradient", "share_off_the_slope", "share_left"):
-        monkeypatch.setattr(checks, name, lambda model, x, *args: float(len(x) != n))
+    def wrong_size(model, batches, *args):
+        return float(sum(len(y) for _, y in batches) != n)
+    for name in MEASURES:
+        monkeypatch.setattr(checks, name, wrong_size)
     assert train.main(["--evaluate", str(trained[0]), "--checks", "--device", "cpu", *words]) == 0
     assert f"n = {n}" in capsys.readouterr().out

@@ -2,19 +2,19 @@
 """--evaluate: rows, stages, per-image outcomes, sweeps, transfer, cuts, the published attack."""
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import ads
 import mamba_adv
 import s4_adv
 import train
 from lab import autoattack, evaluate
 from lab.test_autoattack import ATTACKS, LinearSpy, dotted, net
-from test_all import TINY, close, randn, seeded, settings, tiny_model, trains
+from test_all import HERE, TINY, close, randn, seeded, settings, tiny_model, trains
 
 TINY_7 = [*TINY, "--patch-size", "7", "--batch-size", "8"]
 
@@ -118,9 +118,12 @@ def test_autoattack_is_called_an_upper_bound_where_square_helps(
     monkeypatch.setattr(train, "survivors", lambda *args: right)
     assert evaluates(trained[0], "--attacks", "aa") == 0
     rows, out = report(trained[0])["rows"], capsys.readouterr().out
-    assert rows[-1]["accuracy"] == 0.95
-    assert rows[-1].get("upper_bound", False) is square_helps
-    assert ("Square improved on the white-box attacks" in out) is square_helps
+    stages = [1.0 if square_helps else 0.95] * 3 + [0.95, 0.95]
+    assert [row["accuracy"] for row in rows] == stages
+    assert [row.get("upper_bound", False) for row in rows] == 4 * [False] + [square_helps]
+    line = "Square improved on the white-box attacks: this AutoAttack accuracy is an upper bound\n"
+    assert out.count(line) == square_helps
+    assert "upper_bound" not in trained[0].with_name("best-evaluation.csv").read_text()
 
 
 # ---- Rows and intervals --------------------------------------------------------------------------
@@ -154,6 +157,7 @@ def test_a_row_says_which_images_survive(trained, monkeypatch):
     clean, pgd = (evaluate.survivors_of(row) for row in report(trained[0])["rows"])
     assert clean == right and len(pgd) == 19 and all(a or not b for a, b in zip(clean, pgd))
     assert sum(pgd) / 19 == report(trained[0])["rows"][1]["accuracy"]
+    assert "survivors" not in trained[0].with_name("best-evaluation.csv").read_text()
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 97])
@@ -166,18 +170,42 @@ def test_survivors_come_back_from_hex_as_they_went(n):
         evaluate.survivors_of({"survivors": digits, "n": n + 8})
 
 
+def test_survivors_by_hand_are_bits_from_the_left():
+    assert evaluate.to_hex(torch.tensor([1, 0, 1, 0, 0, 1]) == 1) == "a4"   # 1010 01(00)
+    assert evaluate.survivors_of({"survivors": "03", "n": 8}) == [False] * 6 + [True] * 2
+
+
+FIVE_TO_ONE = [True] * 5 + [False] * 3, [False] * 5 + [True] + [False] * 2
+
+
 def test_mcnemar_is_the_binomial_test_of_the_images_that_one_model_alone_gets_right():
-    a, b = [True] * 5 + [False] * 3, [False] * 5 + [True] + [False] * 2
-    assert evaluate.mcnemar(a, b) == pytest.approx(2 * (1 + 6) / 2 ** 6)    # 5 against 1
+    a, b = FIVE_TO_ONE
+    assert evaluate.mcnemar(a, b) == evaluate.mcnemar(b, a) == 2 * (1 + 6) / 2 ** 6
     assert evaluate.mcnemar(a, a) == 1 and evaluate.mcnemar([True, False], [False, True]) == 1
-    assert evaluate.mcnemar([True] * 10, [False] * 10) == pytest.approx(2 / 2 ** 10)
+    assert evaluate.mcnemar([True] * 10, [False] * 10) == 2 / 2 ** 10
+
+
+def test_mcnemar_of_thousands_of_images_is_a_number():
+    a, b = [True] * 2600 + [False] * 2400, [False] * 2600 + [True] * 2400
+    z = (200 - 1) / math.sqrt(5000)                                         # with continuity
+    assert math.isclose(evaluate.mcnemar(a, b), math.erfc(z / math.sqrt(2)), rel_tol=1e-2)
 
 
 def test_the_paired_interval_is_wald_s_with_half_an_image_more_in_each_cell():
-    a, b = [True] * 5 + [False] * 3, [False] * 5 + [True] + [False] * 2
-    gap, low, high = evaluate.paired_interval(a, b)
+    gap, low, high = evaluate.paired_interval(*FIVE_TO_ONE)
     assert gap == 4 / 8 and (low + high) / 2 == pytest.approx(4 / 10)
     assert (high - low) / 2 == pytest.approx(1.959964 * math.sqrt(5.5 + 1.5 - 16 / 10) / 10)
+
+
+def test_the_paired_interval_ends_at_one():
+    assert evaluate.paired_interval([True] * 2, [False] * 2)[2] == 1
+    assert evaluate.paired_interval([False] * 2, [True] * 2)[1] == -1
+
+
+@pytest.mark.parametrize("compare", [evaluate.mcnemar, evaluate.paired_interval])
+def test_models_on_different_images_are_not_compared(compare):
+    with pytest.raises(ValueError):
+        compare([True, False], [True])
 
 
 def test_an_evaluation_keeps_what_was_measured_of_the_same_weights(tmp_path):
@@ -210,14 +238,21 @@ def test_an_earlier_evaluation_that_is_damaged_is_refused_before_the_work(
         trained, capsys, monkeypatch):
     file = trained[0].with_name("best-evaluation.json")
     calls = batches(monkeypatch)
-    for text in ("", "{", "[]", "{}", '{"rows": {}}', '{"rows": [1], "weights": "", "checks": []}'):
-        file.write_text(text)
-        words = "--attacks", "clean", "--device", "cpu"
-        assert train.main(["--evaluate", str(trained[0]), *words]) == 2, text
+    words = "--evaluate", str(trained[0]), "--attacks", "clean", "--device", "cpu"
+    for text in ("", "{", "[]", "{}", "7", '{"rows": {}}', 100_000 * "[", "\udcff",
+                 '{"rows": [1], "weights": "", "checks": []}',
+                 '{"rows": {}, "weights": "", "checks": []}',
+                 '{"rows": [], "weights": "", "checks": 1}', '{"rows": [], "checks": []}'):
+        file.write_text(text, errors="surrogateescape")
+        before = file.read_bytes()
+        assert train.main(words) == 2, text
         err = capsys.readouterr().err
-        assert f"{file}: an earlier evaluation that is damaged" in err and err.count("\n") == 1
-        assert file.read_text() == text and calls == []
+        assert f"{file}: this earlier evaluation is damaged" in err and err.count("\n") == 1
+        assert file.read_bytes() == before and calls == []
     file.unlink()
+    file.mkdir()                                                            # cannot be read
+    assert train.main(words) == 2 and "mend it, or move it away" in capsys.readouterr().err
+    file.rmdir()
 
 
 def test_a_process_without_an_image_counts_nothing(monkeypatch):
@@ -299,6 +334,19 @@ def test_sweeps_are_rows_at_their_radius_and_steps_and_equal_single_evaluations(
     assert report(checkpoint)["rows"][0]["accuracy"] == rows[3]["accuracy"]
 
 
+def test_what_is_not_given_is_the_checkpoint_s_but_for_the_number_of_images(trained, tmp_path):
+    state = torch.load(trained[0], weights_only=True)
+    state["config"] |= {"data_dir": "there", "seed": 7, "attacks": ["fgsm"],
+                        "precision": "bf16", "test_size": 5}
+    torch.save(state, tmp_path / "best.pt")
+    c, _ = evaluate.settings(["--evaluate", str(tmp_path / "best.pt"), "--device", "cpu"])
+    assert (c.data_dir, c.seed, c.attacks, c.batch_size) == ("there", 7, ["fgsm"], 8)
+    assert (c.test_size, c.precision) == (None, "fp32")
+    given = "--data-dir", "here", "--seed", "1", "--batch-size", "3", "--checks", "--test-size", "4"
+    c, _ = evaluate.settings(["--evaluate", str(tmp_path / "best.pt"), "--device", "cpu", *given])
+    assert (c.data_dir, c.seed, c.attacks, c.batch_size, c.test_size) == ("here", 1, [], 3, 4)
+
+
 @pytest.mark.parametrize("words, alpha", [
     (("--eps", "64/255"), 16), (("--eps", "64/255", "--alpha", "1/255"), 1),
     (("--alpha", "1/255"), 1), ((), 2)])
@@ -359,7 +407,7 @@ def test_a_cut_evaluation_goes_on_and_ends_like_one_that_was_not_cut(trained, mo
         assert evaluates(checkpoint, "--attacks", "clean") == 0         # another leaves it alone
         del calls[at:]
         part, = checkpoint.parent.glob("*.part")
-        part.write_bytes(part.read_bytes() + b'\n["half a li')
+        part.write_bytes(part.read_bytes() + b'\n{"key": "half a li')
         done = at - 1
         assert evaluates(checkpoint, *words, "--seed", "1") == 0 and len(calls) == at + 12
         assert part.exists() and evaluates(checkpoint, *words) == 0     # another seed is another
@@ -367,7 +415,43 @@ def test_a_cut_evaluation_goes_on_and_ends_like_one_that_was_not_cut(trained, mo
         assert not part.exists()
 
 
-@pytest.mark.parametrize("change", ["weights", "n", "seed", "batch", "code"])
+def kept_at(stem, seed=0):
+    """Batches that wait for an evaluation of 2 images, in a file beside stem."""
+    c = SimpleNamespace(seed=seed)
+    return evaluate.Kept(stem, torch.zeros(2), torch.zeros(2), "weights", c)
+
+
+def test_kept_batches_come_back_with_their_seconds(tmp_path, monkeypatch):
+    clock = iter([10.0, 13.5, 20.0, 20.25])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    kept, right = kept_at(tmp_path / "best"), torch.tensor([[True, False], [False, False]])
+    for key in "ab":
+        assert key not in kept                                              # as train.survivors
+        kept[key] = right
+    again = kept_at(tmp_path / "best")
+    assert torch.equal(again["a"], right) and torch.equal(again["b"], right)
+    assert again.seconds == 3.75 and "c" not in again.batches
+    assert kept_at(tmp_path / "best", seed=1).batches == {}                 # another evaluation
+
+
+def test_lines_that_are_no_whole_batch_are_ignored(tmp_path):
+    kept = kept_at(tmp_path / "best")
+    assert "a" not in kept
+    kept["a"] = torch.tensor([[True]])
+    line = kept.path.read_bytes().strip()
+    foreign = [line[:at] for at in range(len(line))]
+    foreign += [b"7", b"null", b'"text"', b"[1, 2]", b"{}", b"\xff", 100_000 * b"[",
+                b'{"key": "x", "right": 1, "seconds": 1}',
+                b'{"key": "x", "right": [[1]]}', b'{"key": "x", "right": [["1"]], "seconds": 1}',
+                b'{"key": "x", "right": [[1], [1, 0]], "seconds": 1}',
+                b'{"key": "x", "right": [[1]], "seconds": null}',
+                b'{"key": ["x"], "right": [[1]], "seconds": 1}',
+                b'{"key": "x", "right": [[1]], "seconds": 1' + 400 * b"0" + b"}"]
+    kept.path.write_bytes(b"\n".join([*foreign, line, *foreign]))
+    assert list(kept_at(tmp_path / "best").batches) == ["a"]
+
+
+@pytest.mark.parametrize("change", ["weights", "images", "n", "seed", "batch", "code"])
 def test_finished_batches_serve_only_the_very_same_evaluation(
         change, trained, tmp_path, monkeypatch):
     state, file, names = torch.load(trained[0], weights_only=True), tmp_path / "best.pt", []
@@ -378,13 +462,21 @@ def test_finished_batches_serve_only_the_very_same_evaluation(
         raise ZeroDivisionError
     monkeypatch.setattr(evaluate, "measure_all", stop)
     words = {"seed": ["--seed", "9"], "batch": ["--batch-size", "9"]}.get(change, [])
+    images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.zeros(20)
+    monkeypatch.setattr(train, "load_data", lambda c: {"test": (images, labels)})
     for changed in (False, True):
         if changed and change == "weights":
             next(iter(state["model"].values())).view(-1)[0] += 1e-3
             torch.save(state, file)
+        if changed and change == "images":
+            images[0, 0, 0, 0] += 1
         if changed and change == "code":
-            (tmp_path / "ads.py").write_text(Path(ads.__file__).read_text() + "\n")
-            monkeypatch.setattr(ads, "__file__", str(tmp_path / "ads.py"))
+            (tmp_path / "code" / "lab").mkdir(parents=True)
+            for file_of_code in [*HERE.glob("*.py"), *HERE.glob("lab/*.py")]:
+                copy = tmp_path / "code" / file_of_code.relative_to(HERE)
+                more = "\n" if copy.name == "ads.py" else ""
+                copy.write_text(file_of_code.read_text() + more)
+            monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "code" / "lab" / "x.py"))
         with pytest.raises(ZeroDivisionError):
             size = "19" if changed and change == "n" else "20"
             evaluates(file, *(words if changed else []), size=size)
