@@ -50,6 +50,7 @@ from s4_adv import ascend, frozen
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
+BASELINES = ("cnn", "vit")                      # lab/baselines.py: no state space models
 METHODS = ("standard", "pgd", "trades", "free", "yopo")
 
 # The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours: a
@@ -89,6 +90,11 @@ def laboratory(name, asked):
             raise
         raise UserError(f"{asked} needs the folder lab/, which is not beside train.py; copy it "
                         "there, or leave that out") from None
+
+
+def script_of(model):
+    """The module that holds a model and its attacks."""
+    return laboratory("baselines", f"--model {model}") if model in BASELINES else SCRIPTS[model]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,7 +275,7 @@ def backward(run, x, y, eps, alpha):
 
 def loss_backward(c, model, x, y, eps, alpha):
     """standard, pgd and trades: the scripts' losses, c.micro_batch images at a time if given."""
-    script = SCRIPTS[c.model]
+    script = script_of(c.model)
     total_loss = 0.0
     n = c.micro_batch or max(1, len(x))
     for x_n, y_n in zip(x.split(n), y.split(n)):
@@ -368,14 +374,20 @@ def seed_of(*key):
 def build(c):
     """The Classifier that the settings describe, with weights drawn from c.seed, on c.device."""
     channels, h, w = c.shape
+    script = script_of(c.model)
+    torch.manual_seed(seed_of(c.seed, "weights"))
+    if c.model == "cnn":
+        return script.Cnn(channels, c.classes, (h, w), c.d_model, c.n_layers).to(c.device)
+    if c.model == "vit":
+        return script.ViT(channels, c.classes, (h, w), c.d_model, c.n_layers, c.patch_size,
+                          c.d_hidden).to(c.device)
     sizes = dict(d_model=c.d_model, d_state=c.d_state, n_layers=c.n_layers, patch_size=c.patch_size)
-    if SCRIPTS[c.model] is s4_adv:
+    if script is s4_adv:
         sizes["ssm"] = c.model
     if c.model == "attention":
         sizes["d_hidden"] = c.d_hidden
         sizes["max_len"] = h * w // c.patch_size ** 2
-    torch.manual_seed(seed_of(c.seed, "weights"))
-    model = SCRIPTS[c.model].Classifier(channels, c.classes, **sizes, ads=c.ads, control=c.control)
+    model = script.Classifier(channels, c.classes, **sizes, ads=c.ads, control=c.control)
     return model.to(c.device)
 
 
@@ -455,7 +467,7 @@ def read_checkpoint(path, flag):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config = state["config"]
         if (damaged is None and state["format"] == 1 and state["epoch"] >= 0 and state["model"]
-                and config["model"] in SCRIPTS and config["dataset"] in PRESETS
+                and config["model"] in (*SCRIPTS, *BASELINES) and config["dataset"] in PRESETS
                 and "seed" in config):
             return state
     except FileNotFoundError:
@@ -793,7 +805,7 @@ def attacks_of(spec, c):
     "clean" none | "fgsm" | "pgd-K" K steps of c.alpha | "pgd-KxR" with R random restarts |
     a name of lab/autoattack.py.  UserError for another name, or too few classes for it.
     """
-    script = SCRIPTS[c.model]
+    script = script_of(c.model)
     if spec == "clean":
         return []
     if spec == "fgsm":
@@ -977,7 +989,8 @@ def add_flags(p, only=None):
             text = f"{help} (default: {shown or default})".replace("%", "%%")
             p.add_argument(*names.split(), type=kind, help=text, **kw)
             defaults[dest] = None if default == BY_DATA else default
-    flag("--model", str, "s4", "sequence model", choices=tuple(SCRIPTS))
+    flag("--model", str, "s4", "sequence model, or cnn, vit: plain networks to compare with",
+         choices=(*SCRIPTS, *BASELINES) if only is None else tuple(SCRIPTS))
     flag("--ads", str, None, "Adaptive Scaling after each sequence map, with this activation",
          "no AdS; relu if given without a word", nargs="?", const="relu",
          choices=tuple(ACTIVATIONS))
@@ -1087,6 +1100,12 @@ def check(c):
             ("yopo", min(c.yopo) >= 1, "both numbers must be at least 1, as in 5-3"),
             ("control", not (c.ads and c.control),
              f"it stands in the place of --ads {c.ads}; give one of them"),
+            ("model", c.model not in BASELINES or not (c.ads or c.control),
+             "it has no sequence map, behind which --ads or --control could stand"),
+            ("model", c.model != "vit" or c.d_model % 4 == 0,
+             f"it has 4 heads; --d-model {c.d_model} must be divisible by 4"),
+            ("model", c.model != "cnn" or h % 2 ** c.n_layers == w % 2 ** c.n_layers == 0,
+             f"its {c.n_layers} --n-layers halve an image of {h} x {w} pixels too often"),
             ("d_state", c.model not in ("s4", "dss") or c.d_state % 2 == 0,
              f"{c.model} stores conjugate pairs; give an even number"),
             ("patch_size", h % c.patch_size == 0,

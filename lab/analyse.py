@@ -297,6 +297,9 @@ def settings(words):
     if path is not True:
         state = train.read_checkpoint(path, "--analyse")
         c = train.restored(c, given, state, path, FREE)
+        if c.model in train.BASELINES:
+            raise train.UserError(f"--analyse {path}: {c.model} has no sequence map to look at; "
+                                  "give a state space model")
         path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
         stem = path.with_name(f"{path.stem}-analysis")
     c.analyse = given["analyse"]

@@ -167,7 +167,7 @@ def draw_images(model, images, labels, c, stem):
     """--images: uint8 images, perturbations, and images under PGD-10; predictions are printed."""
     x = images.to(next(model.parameters()).dtype) / 255                 # (n, C, h, w)
     torch.manual_seed(train.seed_of(c.seed, "images"))
-    x_adv = train.SCRIPTS[c.model].pgd(model, x, labels, c.eps, c.alpha, 10)
+    x_adv = train.script_of(c.model).pgd(model, x, labels, c.eps, c.alpha, 10)
     with train.frozen(model), torch.no_grad():
         clean = train.scores(model, x).argmax(1).tolist()
         attacked = train.scores(model, x_adv).argmax(1).tolist()
