@@ -23,6 +23,7 @@ import s4_adv
 import train
 from lab.certificate import certified_radius
 from lab.figures import attempt, draw_changes
+from lab.ruggedness import ruggedness
 from lab.theory import attention_error, error_parts, gain, gain_bounds, local_gain, scan_errors
 from mamba_adv import selective_scan
 
@@ -247,6 +248,8 @@ def certify(c, model, x, y):
 
 def measure(c, model, x, y):
     """Yields (statement, layer, {quantity: value}), on images x and on PGD-10's."""
+    if c.model in train.BASELINES:
+        return                                              # they have no sequence map
     x_adv = train.SCRIPTS[c.model].pgd(model, x, y, c.eps, c.alpha, 10)
     for k, (layer, parts) in enumerate(watch(model, x, x_adv), 1):
         if c.model == "mamba":
@@ -297,9 +300,6 @@ def settings(words):
     if path is not True:
         state = train.read_checkpoint(path, "--analyse")
         c = train.restored(c, given, state, path, FREE)
-        if c.model in train.BASELINES:
-            raise train.UserError(f"--analyse {path}: {c.model} has no sequence map to look at; "
-                                  "give a state space model")
         path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
         stem = path.with_name(f"{path.stem}-analysis")
     c.analyse = given["analyse"]
@@ -334,8 +334,10 @@ def main(words):
         torch.manual_seed(train.seed_of(c.seed, "analysis", on))
         with train.frozen(model):
             found = list(measure(c, model, x, y))
-            if on != "train" and train.SCRIPTS[c.model] is s4_adv and not (c.ads or c.control):
+            if on != "train" and c.model in ("s4", "dss", "s5") and not (c.ads or c.control):
                 found.append(("certified", 0, certify(c, model, x, y)))
+            if on == "test":
+                found.append(("how rugged is the loss", 0, ruggedness(model, x, y, c.eps)))
         for statement, layer, numbers in found:
             rows += [{"statement": statement, "on": on, "layer": layer, "quantity": quantity,
                       "value": float(value)} for quantity, value in numbers.items()]
@@ -346,7 +348,8 @@ def main(words):
     report = {"n": sizes["test"], "n_train": sizes["train"], "rows": rows, "config": vars(c),
               **train.machine(c)}
     train.write(Path(f"{stem}.json"), json.dumps(report, indent=1))
+    changes = [row for row in rows if row["statement"].startswith("change")]
     with attempt():
-        changes = [row for row in rows if row["statement"].startswith("change")]
-        draw_changes(Path(f"{stem}.png"), changes)
+        if changes:
+            draw_changes(Path(f"{stem}.png"), changes)
     train.say(f"written: {stem}.csv and .json")

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from lab import analyse, figures
+from lab.ruggedness import falling_steps, ruggedness
 from test_all import (MODELS, TINY, close, images, name, randn, seeded, settings, tiny, trains,
                       weights)
 
@@ -39,7 +41,7 @@ def rows_of(folder, stem):
 def test_every_model_is_measured_at_initialisation(name, options, tmp_path, capsys):
     assert at_start(tmp_path, "--model", name, *options) == 0
     rows = rows_of(tmp_path, "analysis")
-    expected = {"P3" if name == "mamba" else "P1,", "change"}
+    expected = {"P3" if name == "mamba" else "P1,", "change", "how"}
     if name == "attention":
         expected.add("P4")
     if options == ["--ads"]:
@@ -231,3 +233,50 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(tmp_path, capsys):
     assert trains(tmp_path, *TINY) == 0
     assert analyses(tmp_path, str(tmp_path / "best.pt"), "--model", "dss") == 2
     assert "--model dss" in (err := capsys.readouterr().err) and "was trained with s4" in err
+
+
+# ---- Ruggedness ----------------------------------------------------------------------------------
+
+class Logits(torch.nn.Module):
+    """A model that is a function of the flattened images."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x.flatten(1))
+
+
+def test_falling_steps_are_those_of_the_recipe():
+    close(falling_steps(0.3, 5), [0.20, 0.16, 0.12, 0.08, 0.04])
+    close(sum(falling_steps(0.3, 50)), 0.6)
+
+
+def test_the_gradients_of_a_linear_model_agree_and_pgd_reaches_its_closed_form():
+    torch.manual_seed(0)
+    w, x = torch.randn(2, 12).double(), 0.3 + 0.4 * torch.rand(6, 1, 3, 4).double()
+    y = torch.arange(6) % 2
+
+    model = Logits(lambda z: z @ w.T)
+    numbers = ruggedness(model, x, y, 0.1)
+    margin = (w[1 - y] - w[y]).abs().sum(1)                                 # |w|_1 of the difference
+    shifted = (model(x)[range(6), 1 - y] - model(x)[range(6), y]) + 0.1 * margin
+    assert abs(numbers["cosine of gradients, a step of eps/3 apart"] - 1) < 1e-12
+    # The five constant steps sum to 5/3 eps: they do not cross the whole ball.
+    for attack in ("PGD-5, falling", "PGD-50, constant", "PGD-50, falling"):
+        close(numbers[f"loss, {attack}"], F.softplus(shifted).mean())
+        close(numbers[f"accuracy, {attack}"], (shifted < 0).double().mean())
+
+
+def test_the_gradients_of_a_rugged_model_disagree_and_only_falling_steps_settle():
+    x = torch.full((4, 1, 1, 1), 0.5).double()
+    y = torch.zeros(4).long()
+
+    def peaked(z):
+        # The loss of class 0 is largest at 0.513, and falls steeply to both sides.
+        peak = -40 * (z - 0.513).abs()
+        return torch.cat([torch.zeros_like(peak), peak], 1)
+    numbers = ruggedness(Logits(peaked), x, y, 0.3)
+    assert numbers["cosine of gradients, a step of eps/10 apart"] == -1
+    assert numbers["loss, PGD-50, falling"] > numbers["loss, PGD-50, constant"] + 0.3
