@@ -744,9 +744,13 @@ def write_log(run):
 def greet(run):
     """The first line of a new run."""
     c = run.c
-    size = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    say(f"{name_of(c)}: {size:,} trainable parameters; {c.dataset}, {run.n:,} training images, "
-        f"{c.method}, eps {show(c.eps)}, {run.epochs} epochs; {c.out}")
+    say(f"{name_of(c)}: {parameters(run.model):,} trainable parameters; {c.dataset}, {run.n:,} "
+        f"training images, {c.method}, eps {show(c.eps)}, {run.epochs} epochs; {c.out}")
+
+
+def parameters(model):
+    """How many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def name_of(c):
@@ -791,8 +795,8 @@ def finish(run, data):
     seconds = round(sum(row["seconds"] for row in run.rows), 1)
     if rank() == 0:
         write(out / "result.json", json.dumps(
-            {**table, "n_test": n, "n_train": run.n, "seconds": seconds, "config": vars(c),
-             **machine(c)}, indent=1))
+            {**table, "n_test": n, "n_train": run.n, "parameters": parameters(run.model),
+             "seconds": seconds, "config": vars(c), **machine(c)}, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def read_run(folder):
             raise ValueError
         check([c.seed], -1e30, 1e30)
         check([c.eps], 0, 1)
-        check([c.steps, c.d_model, c.epochs, run["n_train"], run["n_test"], run["Best"]["epoch"]])
+        check([c.steps, c.d_model, c.epochs, run["n_train"], run["n_test"], run["Best"]["epoch"],
+               run.get("parameters", 1)])
         for attack in c.attacks:
             check([run["Best"][attack], run["Last"][attack]], 0, 1)
             check([run["Diff"][attack]], -1, 1)
@@ -151,11 +152,12 @@ def group(runs):
 
 
 def results(line, attacks, later):
-    """{head: cell} of a line: how many seeds, accuracies, links."""
+    """{head: cell} of a line: how many seeds, accuracies, size, links."""
     cells = {"seeds": len(line)}
     for which in ("Best", "Last", "Diff"):
         cells[f"{which}: {' / '.join(attacks)}"] = " / ".join(
             spread([100 * run[which][attack] for run in line]) for attack in attacks)
+    cells["parameters"] = line[0].get("parameters", "")
     for attack in later:
         cells[f"Best: {attack}"] = later_result(line, attack)
     cells["logs"] = links(line, "log.txt", "log.csv")

@@ -9,7 +9,7 @@ import torch
 
 import train
 from lab.evaluate import mcnemar, paired_interval, to_hex
-from test_all import TINY, seeded, trains
+from test_all import TINY, seeded, settings, trains
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,11 @@ def test_each_model_has_a_line_with_mean_and_spread_over_its_seeds(result, tmp_p
     assert caption == ("synthetic, method pgd, eps 8/255, steps 2, width 8, epochs 1, n train 32, "
                        "n test 20") and not empty
     pair = "clean / pgd-10"
-    assert heads == ["model", "seeds", f"Best: {pair}", f"Last: {pair}", f"Diff: {pair}", "logs"]
-    assert rule == "|---" * 6 + "|"
+    assert heads == ["model", "seeds", f"Best: {pair}", f"Last: {pair}", f"Diff: {pair}",
+                     "parameters", "logs"]
+    assert rule == "|---" * 7 + "|"
+    model = train.build(settings("--dataset", "synthetic", *TINY))
+    assert first[5] == str(sum(p.numel() for p in model.parameters() if p.requires_grad))
     assert first[:2] == ["s4", "2"] and first[2].startswith("50.0 +- 35.4 / ")
     assert first[-1] == f"[0]({a}/log.csv) [1]({b}/log.csv)"
     assert second[:2] == ["s4 + AdS relu", "1"]
