@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import os
 import sys
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,12 +20,12 @@ import mamba_adv
 import s4_adv
 import train
 from lab import bench, floor
-from test_all import (ALPHA, EPS, KERNELS, MODELS, close, images, name, randn, scrambled, seeded,
-                      tiny, tiny_model)
+from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, images, name, randn, scrambled,
+                      seeded, tiny, tiny_model)
 
 SMALL = ("--d-model 8 --d-state 4 --n-layers 1 --patch-size 14 --steps 2 --dataset synthetic "
          "--device cpu").split()
-WORKS = ["forward", "attack step", "pgd-2 AT step", "TRADES-2 step", "evaluation"]
+WORKS = ["attack step", "pgd-2 AT step"]
 
 
 def bench_settings(*words):
@@ -76,7 +77,7 @@ def test_the_plain_form_has_the_same_gradient(name):
 def test_the_plain_form_uses_nothing_of_the_fast_one_and_leaves_all_as_it_was(name, monkeypatch):
     def refused(*args):
         raise AssertionError("this is the fast form")
-    fast = [(owner, "frozen") for owner in (s4_adv, mamba_adv, attention_adv, train)]
+    fast = [(owner, "frozen") for owner in (s4_adv, mamba_adv, attention_adv)]
     fast += [(s4_adv, "vandermonde"), (attention_adv, "vandermonde"), (s4_adv.Scan, "apply"),
              (mamba_adv, "selective_scan")]
     jobs = bench.bench_jobs(bench_settings("--model", name, "--forms", "plain"))
@@ -108,8 +109,7 @@ def test_a_work_makes_each_kernel_once_in_an_attack_and_plainly_at_each_step(
     original, calls = getattr(owner, method), []
     monkeypatch.setattr(owner, method, lambda *args: calls.append(1) or original(*args))
     jobs = bench.bench_jobs(bench_settings("--model", name, "--steps", "3", "--forms", form))
-    for job, fast, plain in (("forward", 1, 1), ("attack step", 1, 1), ("pgd-3 AT step", 2, 4),
-                             ("TRADES-3 step", 3, 6), ("evaluation", 1 + 1, 1 + 1 + 10 + 1)):
+    for job, fast, plain in (("attack step", 1, 1), ("pgd-3 AT step", 2, 4)):
         calls.clear()
         with bench.CONTEXTS.get(form, nullcontext)():
             jobs[job]()
@@ -162,8 +162,8 @@ def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed
     monkeypatch.setattr(bench, "sample_apart", bench.sample)
     assert benches(tmp_path, "--model", name) == 0
     kinds = ["fast", "bf16", "plain", "peer"]
-    assert [row["form"] for row in rows(tmp_path)] == kinds * 4 + ["fast", "plain", "peer"]
-    assert len(made) == 1 + 5                                           # to compare; for each work
+    assert [row["form"] for row in rows(tmp_path)] == kinds * 2
+    assert len(made) == 1 + 2                                           # to compare; for each work
     assert made[1 + WORKS.index("pgd-2 AT step")].D.grad.abs().sum() > 0
 
 
@@ -292,14 +292,38 @@ def test_the_rates_of_a_machine_are_those_of_its_fastest_try(monkeypatch):
     assert floor.rates(8) == {"products": 1024 ** 3 / 2, "FFTs": 128, "scan": 2 ** 15}
 
 
+@pytest.mark.parametrize("changes", ({"precision": "bf16"}, {"device": "cuda:0"}), ids=str)
+def test_bf16_and_a_gpu_have_no_floor(changes):
+    c = bench.changed(bench_settings("--forms", "fast"), **changes)
+    assert math.isnan(bench.least(c, 4, "attack step", "fast", {}))
+
+
 # ---- What a work costs ---------------------------------------------------------------------------
+
+def test_no_file_sets_the_allocator_and_the_log_says_which_one_all_forms_have(
+        tmp_path, monkeypatch, capsys):
+    for path in [*HERE.glob("*.py"), *(HERE / "lab").glob("*.py")]:
+        assert "mallopt" + "(" not in path.read_text(), path.name
+    for known in [*os.environ]:
+        if known.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")):
+            monkeypatch.delenv(known)
+    monkeypatch.setattr(bench, "timings", lambda c, L, rate: iter(()))
+    monkeypatch.setattr(train, "write_csv", lambda path, rows: None)
+    assert benches(tmp_path, "--forms", "fast,plain") == 0
+    head, _ = capsys.readouterr().out.split("\n", 1)
+    assert head.endswith("; all forms with the C library's default allocator")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "-1")
+    assert benches(tmp_path, "--forms", "fast,plain") == 0
+    head, _ = capsys.readouterr().out.split("\n", 1)
+    assert head.endswith("; all forms with allocator of MALLOC_TRIM_THRESHOLD_")
+
 
 def test_each_form_is_measured_with_what_it_says(monkeypatch):
     c, seen = bench_settings("--ads"), []
 
     def jobs(c, form):
         return {"work": lambda: seen.append((form, c.precision, c.ads,
-                                             train.frozen is nullcontext))}
+                                             s4_adv.frozen is nullcontext))}
     monkeypatch.setattr(bench, "bench_jobs", jobs)
     for form in bench.FORMS:
         bench.sample(c, "work", form)
@@ -311,7 +335,7 @@ def test_each_form_is_measured_with_what_it_says(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
-def test_training_s_products_have_the_bits_of_the_form_and_evaluation_s_all(precision):
+def test_training_s_products_have_the_bits_of_the_form(precision):
     c, seen = bench_settings("--precision", precision), []
     jobs = bench.bench_jobs(c)
     hook = nn.modules.module.register_module_forward_hook(
@@ -320,8 +344,7 @@ def test_training_s_products_have_the_bits_of_the_form_and_evaluation_s_all(prec
         for job, run in jobs.items():
             seen.clear()
             run()
-            bits = torch.bfloat16 if precision == "bf16" and job != "evaluation" else torch.float32
-            assert set(seen) == {bits}, job
+            assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}, job
     finally:
         hook.remove()
 
@@ -332,7 +355,7 @@ def test_a_training_step_has_one_step_of_the_optimiser(monkeypatch):
     for job, run in bench.bench_jobs(bench_settings()).items():
         steps.clear()
         run()
-        assert len(steps) == (job in ("pgd-2 AT step", "TRADES-2 step")), job
+        assert len(steps) == (job == "pgd-2 AT step"), job
 
 
 def test_a_work_repeated_meets_the_same_weights_and_attacks_every_image(monkeypatch):
@@ -340,9 +363,9 @@ def test_a_work_repeated_meets_the_same_weights_and_attacks_every_image(monkeypa
     monkeypatch.setattr(MODELS["s4"], "pgd", lambda model, x, *rest: attacked.append(
         (len(x), [w.detach().clone() for w in model.parameters()])) or real(model, x, *rest))
     jobs = bench.bench_jobs(c)
-    for job in ("attack step", "pgd-2 AT step", "evaluation"):
+    for job in WORKS * 2:
         jobs[job]()
-    assert [n for n, _ in attacked] == [16] * 3
+    assert [n for n, _ in attacked] == [16] * 4
     for _, weights in attacked:
         assert all(torch.equal(a, b) for a, b in zip(weights, attacked[0][1]))
 
@@ -357,18 +380,16 @@ def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
     assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
 
 
-@pytest.mark.parametrize("device", ("cpu", "cuda:0"))
-def test_a_job_that_memory_does_not_suffice_for_has_no_cost_and_a_bug_is_no_lack_of_it(
-        device, monkeypatch):
+def test_a_form_that_memory_does_not_suffice_for_is_named_and_a_bug_is_no_lack_of_it(monkeypatch):
     def fails_by(error):
-        def fails(c, name, form):
+        def fails(c, work, form):
             raise error
         monkeypatch.setattr(bench, "sample", fails)
-        return bench.sample_apart(SimpleNamespace(device=device), "forward", "fast")
+        return bench.sample_apart(SimpleNamespace(device="cpu"), "attack step", "plain")
     monkeypatch.setattr(bench, "ProcessPoolExecutor", ThreadPoolExecutor)
-    for error in (BrokenExecutor("terminated"), torch.cuda.OutOfMemoryError("CUDA out of memory"),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        assert fails_by(error) is None
+    monkeypatch.setattr(bench, "get_context", lambda kind: None)
+    with pytest.raises(train.UserError, match="memory does not suffice for plain; give a smaller"):
+        fails_by(BrokenExecutor("terminated"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         fails_by(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
@@ -377,61 +398,65 @@ def test_a_job_that_memory_does_not_suffice_for_has_no_cost_and_a_bug_is_no_lack
 
 def test_bench_times_every_work_in_every_form_at_every_length_into_a_table_and_a_csv(
         tmp_path, monkeypatch, capsys):
-    def sample(c, name, form):
-        if (name, form) == ("evaluation", "plain"):
-            return None
-        return bench.sample(c, name, form) | {"peak_mb": 2.0}
+    def sample(c, work, form):
+        return bench.sample(c, work, form) | {"peak_mb": 2.0}
     monkeypatch.setattr(bench, "sample_apart", sample)
     assert benches(tmp_path, "--bench", "2", "--lengths", "3,8", "--ads") == 0
-    expected = []
-    for L in "38":
-        for work in WORKS:
-            expected += [(L, work, form) for form in ("fast", "bf16", "no-ads", "plain")
-                         if (work, form) != ("evaluation", "bf16")]
     found = rows(tmp_path)
     assert [(r["L"], r["work"], r["form"]) for r in found] == [
-        e for e in expected if e[1:] != ("evaluation", "plain")]
+        (L, work, form) for L in "38" for work in WORKS
+        for form in ("fast", "bf16", "no-ads", "plain")]
     for r in found:
         assert (r["model"], r["ads"], r["batch"]) == ("s4", "relu", "16")
-        assert float(r["peak_mb"]) == 2 and 0 < float(r["kernel_share"]) < 1
+        assert float(r["peak_mb"]) == 2
+        assert math.isnan(float(r["floor_share"])) == (r["form"] == "bf16")
         close(float(r["images_per_second"]) * float(r["seconds"]), 16.0)
         close(float(r["us_per_token"]) * 16 * int(r["L"]), 1e6 * float(r["seconds"]), 1e-6)
         assert r["form"] != "fast" or float(r["times_fast"]) == 1
     text = capsys.readouterr().out
-    assert text.count("evaluation       plain      did not fit into memory") == 2
-    assert text.count("\n") == 4 + len(expected)
-    assert text.startswith("s4 + AdS relu, d_model 8, 1 layers, batch 16, micro-batch all, fp32,")
+    assert text.count("\n") == 4 + 2 + len(found)
+    assert text.startswith("s4 + AdS relu, d_model 8, 1 layers, batch 16, fp32,")
 
 
 def test_a_row_is_the_median_of_its_runs_and_their_spread_and_compares_cpu_seconds(monkeypatch):
     costs = {"fast": iter([1.0, 4.0, 2.0]), "plain": iter([6.0, 6.0, 6.0])}
-    monkeypatch.setattr(bench, "sample_apart", lambda c, name, form: {
-        "seconds": 8.0, "cpu_seconds": next(costs[form]), "kernel_share": 0.5, "peak_mb": 1.0})
-    monkeypatch.setattr(bench, "bench_jobs", lambda c: ["forward"])
+    monkeypatch.setattr(bench, "sample_apart", lambda c, work, form: {
+        "seconds": 8.0, "cpu_seconds": next(costs[form]), "peak_mb": 1.0})
+    monkeypatch.setattr(bench, "passes", lambda c: {"attack step": (1, 0)})
+    monkeypatch.setattr(floor, "seconds", lambda *args: 0.0625)         # of one image
     c = bench_settings("--forms", "fast,plain", "--bench", "3")
-    fast, plain = bench.timings(c, 4)
+    fast, plain = bench.timings(c, 4, {})
     assert (fast["cpu_seconds"], fast["spread"], fast["times_fast"]) == (2.0, 1.5, 1.0)
     assert (plain["seconds"], plain["spread"], plain["times_fast"]) == (8.0, 0.0, 3.0)
+    assert (fast["floor_share"], plain["floor_share"]) == (16 * 0.0625 / 2, 16 * 0.0625 / 6)
     assert plain["images_per_second"] == 2 and plain["us_per_token"] == 8e6 / 16 / 4
 
 
-def test_nothing_that_fits_into_memory_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "sample_apart", lambda *args: None)
-    assert benches(tmp_path, "--forms", "fast") == 2
-    assert "--batch-size 16: nothing fits into memory; give fewer" in capsys.readouterr().err
-    assert not (tmp_path / "bench.csv").exists()
+def test_the_floor_is_that_of_the_form_s_settings_and_of_the_work(monkeypatch):
+    seen = []
+
+    def seconds(model, L, g, w, rate):
+        seen.append((model.blocks[0].middle.__class__.__name__, L, g, w, rate))
+        return 0.0
+    monkeypatch.setattr(floor, "seconds", seconds)
+    c = bench_settings("--ads", "--forms", "fast")
+    for form in ("fast", "no-ads", "plain"):
+        bench.least(c, 4, "pgd-2 AT step", form, "rate")
+    bench.least(c, 4, "attack step", "fast", "rate")
+    assert seen == [("AdaptiveScaling", 4, 3, 1, "rate"), ("Identity", 4, 3, 1, "rate"),
+                    ("AdaptiveScaling", 4, 3, 1, "rate"), ("AdaptiveScaling", 4, 1, 0, "rate")]
 
 
 def test_bench_on_a_gpu_stays_in_one_process_and_compares_seconds(monkeypatch):
     def refused(*args):
         raise AssertionError("a new process")
-    for function, fake in {"bench_jobs": lambda c: ["forward"], "get_context": refused,
-                           "sample": lambda c, name, form: {
+    for function, fake in {"passes": lambda c: {"attack step": (1, 0)}, "get_context": refused,
+                           "sample": lambda c, work, form: {
                                "seconds": 0.5 if form == "fast" else 1.0, "cpu_seconds": 0.25,
-                               "kernel_share": 0.1, "peak_mb": 1.0}}.items():
+                               "peak_mb": 1.0}}.items():
         monkeypatch.setattr(bench, function, fake)
     c = bench.changed(bench_settings("--forms", "fast,plain"), device="cuda:0", clock="seconds")
-    assert [row["times_fast"] for row in bench.timings(c, 4)] == [1.0, 2.0]
+    assert [row["times_fast"] for row in bench.timings(c, 4, {})] == [1.0, 2.0]
 
 
 def test_on_a_gpu_mamba_is_timed_without_triton_too(monkeypatch):
@@ -446,10 +471,11 @@ def test_on_a_gpu_mamba_is_timed_without_triton_too(monkeypatch):
 
 
 def test_on_a_cpu_a_run_has_a_process_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "bench_jobs", lambda c: ["forward"])         # its own has all works
+    # The new process has passes of its own.
+    monkeypatch.setattr(bench, "passes", lambda c: {"attack step": (1, 0)})
     assert benches(tmp_path, "--forms", "fast") == 0
     row, = rows(tmp_path)
-    assert row["work"] == "forward" and float(row["cpu_seconds"]) > 0
+    assert row["work"] == "attack step" and float(row["cpu_seconds"]) > 0
     assert "each the second one of a new process" in capsys.readouterr().out
 
 
@@ -477,6 +503,7 @@ BAD = {
     "--bench x": "argument --bench: invalid int value: 'x'",
     "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 1,5,10",
     "--bench --lengths 0": "--lengths [0]: each must be at least 1",
+    "--bench --micro-batch 2": "unrecognized arguments: --micro-batch",
     "--bench --resume": "unrecognized arguments: --resume",
     "--bench --device meta": "--device meta: there is no such device here",
     "--bench --d-state 3": "--d-state 3: s4 stores conjugate pairs; give an even number",
