@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""--bench: what a training step costs, and what it consists of; a table, and bench.csv in --out.
+"""--bench: what a training step costs, beside a peer and beside its floor by operations.
 
-    python train.py --bench --model mamba --batch-size 4 --lengths 256,1024
-    OMP_NUM_THREADS=1 python train.py --bench 2 --model s4 --ads --batch-size 16
+    OMP_NUM_THREADS=1 python train.py --bench --model mamba --batch-size 2
 
-Each kind of work runs on one batch of random images of L tokens, in each of FORMS. Runs are
-interleaved, and each is the second one of its process. On a CPU the process is new, since the peak
-of its memory never falls. All forms have the C library's default allocator.
+A table, and bench.csv in --out. Each work runs on one batch of random images of L tokens, in each
+of FORMS. Runs are interleaved, and each is the second one of its process. On a CPU the process is
+new, since the peak of its memory never falls. No form changes how memory is allocated.
 """
 import math
+import os
 import statistics
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -26,6 +26,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 import train
+from lab import floor
 
 # How a work is done; all forms but bf16 and no-ads compute the same numbers.
 FORMS = {"fast": "as the scripts have it",
@@ -33,7 +34,7 @@ FORMS = {"fast": "as the scripts have it",
          "no-ads": "the same without --ads",
          "no-triton": "Mamba's scan on a GPU by PyTorch's own operations",
          "plain": "as one would first write it",
-         "peer": "with layers of s5-pytorch (s5), of mambapy (mamba), if installed; without --ads"}
+         "peer": "with layers of s5-pytorch, mambapy, transformers, if installed; without --ads"}
 
 
 def changed(c, **changes):
@@ -70,81 +71,100 @@ def plain_scan(a, b):
 
 @contextmanager
 def plainly():
-    """Within it work is done as one would first write it down.
-
-    Weights are not frozen in an attack, so each kernel is made at each step. A kernel is the sum
-    that defines it, and a scan is a loop whose states autograd stores.
+    """Within it work is done as one would first write it down: weights are not frozen in an attack,
+    so each kernel is made at each step; a kernel is the sum that defines it; a scan is a loop.
     """
     loop = mamba_adv.selective_scan_loop
     with (patch.multiple(s4_adv, frozen=nullcontext, vandermonde=plain_vandermonde),
           patch.object(s4_adv.Scan, "apply", plain_scan),
           patch.multiple(mamba_adv, frozen=nullcontext, selective_scan=loop),
-          patch.multiple(attention_adv, frozen=nullcontext, vandermonde=plain_vandermonde),
-          patch.object(train, "frozen", nullcontext)):
+          patch.multiple(attention_adv, frozen=nullcontext, vandermonde=plain_vandermonde)):
         yield
 
 
-# Packages whose layers compute what ours do; s5-pytorch 0.2.1 and mambapy 1.2.0 were tested.
-PEERS = {"s5": "s5-pytorch", "mamba": "mambapy"}
-
-
-def s5_peer(c, layer):
-    """s5-pytorch's layer with the weights of an s4_adv.S5."""
+def s5_peer(c, block):
+    """The block with s5-pytorch's layer and the weights of its s4_adv.S5."""
     from s5 import S5
-    peer = S5(c.d_model, c.d_state)
+    layer = block.ssm
     weights = {"Lambda": torch.complex(-torch.exp(layer.log_minus_real), layer.imag),
                "B": layer.B, "C": torch.view_as_complex(layer.C), "D": layer.D,
                "log_step": layer.log_dt}
+    block.ssm = S5(c.d_model, c.d_state)
     for name, value in weights.items():
-        setattr(peer.seq, name, nn.Parameter(value.detach().clone()))
-    return peer
+        setattr(block.ssm.seq, name, nn.Parameter(value.detach().clone()))
+    return block
 
 
-def mamba_peer(c, layer):
+def mamba_peer(c, block):
     """mambapy's layer with the weights of a mamba_adv.Mamba."""
     from mambapy.mamba import MambaBlock, MambaConfig
-    peer = MambaBlock(MambaConfig(d_model=c.d_model, n_layers=1, d_state=c.d_state)).to(layer.D)
+    peer = MambaBlock(MambaConfig(d_model=c.d_model, n_layers=1, d_state=c.d_state)).to(block.D)
     # Both list their weights in the same order, under other names.
-    peer.load_state_dict(dict(zip(peer.state_dict(), layer.state_dict().values())))
+    peer.load_state_dict(dict(zip(peer.state_dict(), block.state_dict().values())))
     return peer
+
+
+def attention_peer(c, block):
+    """transformers' Mega block with the weights of an attention_adv.Block.
+
+    By default it is another function: ScaleNorm, in front of its layers, dropout, rotary bias.
+    """
+    from transformers.models.deprecated.mega.configuration_mega import MegaConfig
+    from transformers.models.deprecated.mega.modeling_mega import MegaBlock
+
+    class Peer(MegaBlock):
+        def forward(self, z):                                               # tokens come first
+            return super().forward(z.transpose(0, 1))[0].transpose(0, 1)
+    mega = block.mega
+    peer = Peer(MegaConfig(
+        hidden_size=c.d_model, intermediate_size=c.d_hidden, nffn_hidden_size=c.d_hidden,
+        ema_projection_size=c.d_state, shared_representation_size=mega.gamma.shape[1],
+        max_positions=(len(mega.bias) + 1) // 2, relative_positional_bias="simple",
+        bidirectional=True, use_chunking=False, activation="silu", attention_activation="softmax",
+        normalization_type="layernorm", normalize_before_mega=False, normalize_before_ffn=False,
+        dropout_prob=0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        nffn_activation_dropout_prob=0.0))
+    # In the order of the peer's list.
+    weights = [mega.gamma, mega.beta, *block.norms[0].parameters(), *mega.ema.parameters(),
+               *mega.values.parameters(), *mega.gates.parameters(), *mega.out.parameters(),
+               mega.bias, *block.norms[1].parameters(), *block.feed.parameters()]
+    for theirs, ours in zip(peer.parameters(), weights, strict=True):
+        theirs.data = ours.detach().reshape(theirs.shape).clone()
+    return peer
+
+
+# Packages whose layers compute what ours do, in the versions that were tested.
+PEERS = {"s5": ("s5-pytorch 0.2.1", s5_peer), "mamba": ("mambapy 1.2.0", mamba_peer),
+         "attention": ("transformers 4.44.2", attention_peer)}
 
 
 def put_peers(c, model):
-    """The model, each of its sequence maps replaced by the peer's with the same weights."""
-    for k, block in enumerate(model.blocks):
-        if c.model == "s5":
-            block.ssm = s5_peer(c, block.ssm)
-        else:
-            model.blocks[k] = mamba_peer(c, block)
+    """The model with each block made of the peer's layers, with the same weights."""
+    _, peer = PEERS[c.model]
+    model.blocks = nn.ModuleList(peer(c, block) for block in model.blocks)
     return model.to(c.device)
 
 
-def same_function(c):
-    """Has a model the same logits with the peer's layers? On 2 images of 50 tokens, in float64.
-
-    Both packages cut some of their weights to float32 even so: 1e-6 is allowed.
-    """
+def has_peer(c):
+    """Can a peer be timed? Its logits on 2 images of 50 tokens must be ours, in float64 but for
+    1e-6: each package cuts some numbers to float32. Says why not where PEERS has one."""
+    if c.model not in PEERS or c.ads or c.control:
+        return False
+    package, _ = PEERS[c.model]
     c = at_length(changed(c, device="cpu"), 50)
     model = train.build(c).double()
     x = torch.rand(2, *c.shape, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(x)
-        found = put_peers(c, model)(x)
-    return bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
-
-
-def has_peer(c):
-    """Can a peer's layers be timed? Says why not where PEERS has them."""
-    if c.model not in PEERS or c.ads or c.control:
-        return False
     try:
-        same = same_function(c)
+        with torch.no_grad():
+            expected = model(x)
+            found = put_peers(c, model)(x)
     except ImportError as e:
-        train.say(f"No peer is timed: {PEERS[c.model]} is not installed here ({e})")
+        train.say(f"No peer is timed: {package} is not installed here ({e})")
         return False
+    same = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
     if not same:
-        train.say(f"No peer is timed: the {PEERS[c.model]} installed here computes other logits "
-                  "from the same weights")
+        train.say(f"No peer is timed: with the same weights {package.split()[0]} computes other "
+                  "logits here")
     return same
 
 
@@ -173,79 +193,47 @@ def forms_here(c):
 # What a work costs
 # --------------------------------------------------------------------------------------------------
 
-def bench_jobs(c, form="fast"):
-    """{name: function}: each kind of work on one batch of random images.
+def passes(c):
+    """{work: its passes to the logits and back to the image, its gradients by the weights}."""
+    return {"attack step": (1, 0), f"pgd-{c.steps} AT step": (c.steps + 1, 1)}
 
-    Labels are the model's own answers, so that evaluation attacks every image. The learning rate
-    is 0, so that every repetition meets the same weights.
+
+def bench_jobs(c, form="fast"):
+    """{work: function}: each kind of work on one batch of random images.
+
+    The learning rate is 0, so that every repetition meets the same weights.
     """
     script = train.SCRIPTS[c.model]
     model = train.build(c)
+    x = torch.rand(c.batch_size, *c.shape).to(c.device)
+    y = torch.randint(c.classes, (c.batch_size,)).to(c.device)
     if form == "peer":
         put_peers(c, model)
     optimizer = torch.optim.AdamW(script.param_groups(model, c.weight_decay), lr=0.0)
-    draw = torch.Generator().manual_seed(train.seed_of(c.seed, "bench"))
-    images = torch.randint(256, (c.batch_size, *c.shape), generator=draw, dtype=torch.uint8)
-    images = images.to(c.device)
-    x = images.to(next(model.parameters()).dtype) / 255
-    with torch.no_grad():                       # one by one: the peak is not yet measured
-        y = torch.cat([model(image).argmax(1) for image in x.split(1)])
     precision = torch.autocast(x.device.type, torch.bfloat16, enabled=c.precision == "bf16")
-
-    def forward():
-        with script.frozen(model), torch.no_grad(), precision:
-            model(x)
 
     def attack():
         with precision:
             script.pgd(model, x, y, c.eps, c.alpha, 1)
 
-    def step(method):
+    def step():
         optimizer.zero_grad()
         with precision:
-            train.loss_backward(changed(c, method=method), model, x, y, c.eps, c.alpha)
+            script.pgd_at_loss(model, x, y, c.eps, c.alpha, c.steps).backward()
         optimizer.step()
-
-    def evaluation():
-        train.evaluate(model, images, y, ("clean", "pgd-10"), c, "bench")
-
-    return {"forward": forward, "attack step": attack,
-            f"pgd-{c.steps} AT step": partial(step, "pgd"),
-            f"TRADES-{c.steps} step": partial(step, "trades"), "evaluation": evaluation}
+    return dict(zip(passes(c), (attack, step), strict=True))
 
 
 def stopwatch(c, job):
-    """{"seconds", "cpu_seconds" of all threads} that job() takes, and its result."""
+    """{"seconds", "cpu_seconds" of all threads} that job() takes."""
     def clocks():
         if on_gpu(c):
             torch.cuda.synchronize(c.device)
         return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
     before = clocks()
-    result = job()
+    job()
     after = clocks()
-    return {kind: after[kind] - before[kind] for kind in after}, result
-
-
-def timed(c, job):
-    """{"seconds", "cpu_seconds", "kernel_share"} of job(): the last is the share of the time that
-    `once` takes to make kernels and their FFTs, in [0, 1]. Their gradient is not in it."""
-    script = train.SCRIPTS[c.model]
-    once = script.once
-    made = []
-
-    def watched(module, key, make):
-        def measured():
-            spent, result = stopwatch(c, make)
-            made.append(spent[c.clock])
-            return result
-        return once(module, key, measured)
-    with patch.object(script, "once", watched):
-        spent, _ = stopwatch(c, job)
-    share = sum(made) / spent[c.clock]
-    if on_gpu(c):
-        # Once more: the clock has waited for the GPU at each kernel.
-        spent, _ = stopwatch(c, job)
-    return spent | {"kernel_share": share}
+    return {kind: after[kind] - before[kind] for kind in after}
 
 
 def growth(c, job):
@@ -271,50 +259,53 @@ def growth(c, job):
     return memory("VmHWM") - before
 
 
-def sample(c, name, form):
-    """What timed tells of a work in a form, and "peak_mb", from another run before it."""
+def sample(c, work, form):
+    """What stopwatch tells of a work in a form, and "peak_mb", from another run before it."""
     c = changed(c, **CHANGES.get(form, {}))
-    job = bench_jobs(c, form)[name]
+    job = bench_jobs(c, form)[work]
     with CONTEXTS.get(form, nullcontext)():
         peak = growth(c, job)
-        return {**timed(c, job), "peak_mb": peak}
+        return stopwatch(c, job) | {"peak_mb": peak}
 
 
-def sample_apart(c, name, form):
-    """sample(...), on a CPU in a new process; None if memory did not suffice."""
+def sample_apart(c, work, form):
+    """sample(...), on a CPU in a new process.  UserError if the system has killed that."""
+    if on_gpu(c):
+        return sample(c, work, form)
     try:
-        if on_gpu(c):
-            return sample(c, name, form)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(sample, c, name, form).result()
-    except RuntimeError as e:                   # a BrokenExecutor: the system has killed it
-        if isinstance(e, BrokenExecutor) or "memory" in str(e):
-            return None
-        raise
+            return pool.submit(sample, c, work, form).result()
+    except BrokenExecutor:
+        raise train.UserError(f"memory does not suffice for {form}; give a smaller --batch-size, "
+                              "or --forms without it") from None
 
 
-def timings(c, L):
+def least(c, L, work, form, rate):
+    """Seconds that a work's operations take at these rates of a CPU in float32; nan elsewhere."""
+    c = changed(c, **CHANGES.get(form, {}))
+    if c.precision == "bf16" or on_gpu(c):
+        return math.nan
+    return c.batch_size * floor.seconds(train.build(c), L, *passes(c)[work], rate)
+
+
+def timings(c, L, rate):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
     c = at_length(c, L)
-    samples = {(name, form): [] for name in bench_jobs(c) for form in c.forms
-               if (name, form) != ("evaluation", "bf16")}               # it never runs in bf16
+    samples = {(work, form): [] for work in passes(c) for form in c.forms}
     for _ in range(c.bench):                                            # interleaved
         for key, costs in samples.items():
-            if None not in costs:
-                costs.append(sample_apart(c, *key))
+            costs.append(sample_apart(c, *key))
     medians = {}
-    for (name, form), costs in samples.items():
-        if None in costs:
-            train.say(f"{L:5d}  {name:16} {form:9}  did not fit into memory")
-            continue
+    for (work, form), costs in samples.items():
         median = {kind: statistics.median(cost[kind] for cost in costs) for kind in costs[0]}
         times = [cost[c.clock] for cost in costs]
-        medians[name, form] = median[c.clock]
-        yield {"L": L, "work": name, "form": form, **median,
-               "spread": (max(times) - min(times)) / medians[name, form],
+        medians[work, form] = median[c.clock]
+        yield {"L": L, "work": work, "form": form, **median,
+               "spread": (max(times) - min(times)) / median[c.clock],
                "images_per_second": c.batch_size / median["seconds"],
                "us_per_token": 1e6 * median["seconds"] / c.batch_size / L,
-               "times_fast": medians[name, form] / medians.get((name, "fast"), math.nan)}
+               "floor_share": least(c, L, work, form, rate) / median[c.clock],
+               "times_fast": median[c.clock] / medians.get((work, "fast"), math.nan)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,10 +314,10 @@ def timings(c, L):
 
 def settings(words):
     """The settings c of a command line.  UserError for what cannot be timed."""
-    p = train.new_parser("What a training step costs, and what it consists of: a table, and "
+    p = train.new_parser("What a training step costs, beside a peer and a floor: a table, and "
                          "bench.csv in --out. On a CPU --batch-size is 16 unless given.")
     train.add_flags(p, "model ads control dataset d_model d_state d_hidden n_layers patch_size "
-                    "batch_size micro_batch eps alpha steps beta precision seed device")
+                    "batch_size eps alpha steps precision seed device")
     p.add_argument("--bench", nargs="?", type=int, const=3, metavar="N",
                    help="interleaved runs of each work in each form (default: 3)")
     p.add_argument("--lengths", type=train.counts, metavar="L,L",
@@ -338,9 +329,8 @@ def settings(words):
     given = p.given(words)
     defaults = train.add_flags(train.new_parser("")) | {"bench": 3, "lengths": None, "forms": None}
     c = train.settings(given, defaults)
-    c.clock = "seconds"                         # by what forms are compared
+    c.clock = "seconds" if on_gpu(c) else "cpu_seconds"     # another program may run beside
     if not on_gpu(c):
-        c.clock = "cpu_seconds"                 # another program may run beside
         c.batch_size = given.get("batch_size", 16)
     train.check(c)
     if c.bench < 1:
@@ -359,30 +349,39 @@ def settings(words):
     return c
 
 
+def allocator():
+    """What gives memory to all forms alike, in words: their processes inherit the environment."""
+    names = sorted(name for name in os.environ
+                   if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")))
+    return f"allocator of {', '.join(names)}" if names else "the C library's default allocator"
+
+
 def main(words):
     """--bench: the table, and bench.csv. Returns the exit code."""
     c = settings(words)
     rows = []
     with train.lock(Path(c.out)):
+        machine = train.machine(c)
         process = "" if on_gpu(c) else " of a new process"
         train.say(
             f"{train.name_of(c)}, d_model {c.d_model}, {c.n_layers} layers, batch {c.batch_size}, "
-            f"micro-batch {c.micro_batch or 'all'}, {c.precision}, {train.machine(c)['device']}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}\n"
+            f"{c.precision}, {machine['device']}, {machine['threads']} threads, torch "
+            f"{machine['torch']}, {machine['date']}; all forms with {allocator()}\n"
             f"Medians of {c.bench} interleaved runs, each the second one{process}. Spread (max - "
-            f"min) and times fast: of {c.clock.replace('cpu_', 'CPU ')}.\n"
-            "Peak MB: growth of memory. Kernel: its share of the time, without its gradient.\n"
+            f"min), floor and times fast: of {c.clock.replace('cpu_', 'CPU ')}.\n"
+            "Peak MB: growth of memory. Floor: share of the time that its products, FFTs and scan "
+            "take at this machine's rates.\n"
             "    L  work             form      seconds    CPU s  spread  images/s  us/token   "
-            "peak MB  kernel  times fast")
+            "peak MB   floor  times fast")
         line = ("{L:5d}  {work:16} {form:9} {seconds:8.3f} {cpu_seconds:8.3f} {spread:7.0%} "
-                "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {kernel_share:7.1%} "
+                "{images_per_second:9.1f} {us_per_token:9.2f} {peak_mb:9.0f} {floor_share:7.0%} "
                 "{times_fast:11.2f}")
         for L in c.lengths:
-            for row in timings(c, L):
+            rate = floor.rates(L)
+            train.say(f"{L:5d}  in a second at most " + ", ".join(
+                f"{n:.2g} {kind}" for kind, n in rate.items()))
+            for row in timings(c, L, rate):
                 train.say(line.format(**row))
                 rows.append({"model": c.model, "ads": c.ads, "batch": c.batch_size, **row})
-        if not rows:
-            raise train.UserError(f"--batch-size {c.batch_size}: nothing fits into memory; give "
-                                  "fewer")
         train.write_csv(Path(c.out) / "bench.csv", rows)
     return 0

@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import os
 import sys
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -11,18 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention_adv
 import mamba_adv
 import s4_adv
 import train
-from lab import bench
-from test_all import (ALPHA, EPS, KERNELS, MODELS, close, images, name, randn, scrambled, seeded,
-                      tiny, tiny_model)
+from lab import bench, floor
+from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, images, name, randn, scrambled,
+                      seeded, tiny, tiny_model)
 
 SMALL = ("--d-model 8 --d-state 4 --n-layers 1 --patch-size 14 --steps 2 --dataset synthetic "
          "--device cpu").split()
-WORKS = ["forward", "attack step", "pgd-2 AT step", "TRADES-2 step", "evaluation"]
+WORKS = ["attack step", "pgd-2 AT step"]
 
 
 def bench_settings(*words):
@@ -74,7 +77,7 @@ def test_the_plain_form_has_the_same_gradient(name):
 def test_the_plain_form_uses_nothing_of_the_fast_one_and_leaves_all_as_it_was(name, monkeypatch):
     def refused(*args):
         raise AssertionError("this is the fast form")
-    fast = [(owner, "frozen") for owner in (s4_adv, mamba_adv, attention_adv, train)]
+    fast = [(owner, "frozen") for owner in (s4_adv, mamba_adv, attention_adv)]
     fast += [(s4_adv, "vandermonde"), (attention_adv, "vandermonde"), (s4_adv.Scan, "apply"),
              (mamba_adv, "selective_scan")]
     jobs = bench.bench_jobs(bench_settings("--model", name, "--forms", "plain"))
@@ -106,8 +109,7 @@ def test_a_work_makes_each_kernel_once_in_an_attack_and_plainly_at_each_step(
     original, calls = getattr(owner, method), []
     monkeypatch.setattr(owner, method, lambda *args: calls.append(1) or original(*args))
     jobs = bench.bench_jobs(bench_settings("--model", name, "--steps", "3", "--forms", form))
-    for job, fast, plain in (("forward", 1, 1), ("attack step", 1, 1), ("pgd-3 AT step", 2, 4),
-                             ("TRADES-3 step", 3, 6), ("evaluation", 1 + 1, 1 + 1 + 10 + 1)):
+    for job, fast, plain in (("attack step", 1, 1), ("pgd-3 AT step", 2, 4)):
         calls.clear()
         with bench.CONTEXTS.get(form, nullcontext)():
             jobs[job]()
@@ -123,17 +125,19 @@ def test_without_triton_mamba_s_scan_is_made_of_pytorch_s_operations():
 
 # ---- Peers ---------------------------------------------------------------------------------------
 
-MODULES = {"s5": "s5", "mamba": "mambapy.mamba"}
+MODULES = {"s5": "s5", "mamba": "mambapy.mamba",
+           "attention": "transformers.models.deprecated.mega.modeling_mega"}
 
 
 def needs_peer(name):
-    return pytest.importorskip(MODULES[name], reason=f"{bench.PEERS[name]} is not installed")
+    package, _ = bench.PEERS[name]
+    return pytest.importorskip(MODULES[name], reason=f"{package} is not installed")
 
 
 @pytest.mark.parametrize("name", bench.PEERS)
 def test_a_peer_with_our_weights_has_our_logits_and_gradient(name, monkeypatch):
     module = needs_peer(name)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # mambapy cuts A and D
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # they cut some numbers
     if name == "s5":
         monkeypatch.setattr(module.s5_model, "as_complex", torch.view_as_complex)
     c = bench_settings("--model", name, "--n-layers", "2", "--patch-size", "4", "--forms", "fast")
@@ -148,26 +152,34 @@ def test_a_peer_with_our_weights_has_our_logits_and_gradient(name, monkeypatch):
 @pytest.mark.parametrize("name", bench.PEERS)
 def test_a_peer_as_it_comes_has_our_logits(name):
     needs_peer(name)
-    assert bench.same_function(bench_settings("--model", name, "--forms", "fast"))
+    assert bench.has_peer(bench_settings("--model", name, "--forms", "fast"))
+
+
+def replace_peer(monkeypatch, name, peer):
+    """Puts a function (c, block) -> block in the place of the one that calls the package."""
+    package, _ = bench.PEERS[name]
+    monkeypatch.setitem(bench.PEERS, name, (package, peer))
 
 
 @pytest.mark.parametrize("name", bench.PEERS)
 def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed(
         name, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(bench, f"{name}_peer", lambda c, layer: made.append(
-        copy.deepcopy(layer)) or made[-1])
+
+    def twin(c, block):
+        made.append(copy.deepcopy(block))
+        return made[-1]
+    replace_peer(monkeypatch, name, twin)
     monkeypatch.setattr(bench, "sample_apart", bench.sample)
     assert benches(tmp_path, "--model", name) == 0
-    kinds = ["fast", "bf16", "plain", "peer"]
-    assert [row["form"] for row in rows(tmp_path)] == kinds * 4 + ["fast", "plain", "peer"]
-    assert len(made) == 1 + 5                                           # to compare; for each work
-    assert made[1 + WORKS.index("pgd-2 AT step")].D.grad.abs().sum() > 0
+    assert [row["form"] for row in rows(tmp_path)] == ["fast", "bf16", "plain", "peer"] * 2
+    assert len(made) == 1 + 2                                           # to compare; for each work
+    assert sum(w.grad.abs().sum() for w in made[-1].parameters()) > 0
 
 
 @pytest.mark.parametrize("words", (["--ads"], ["--control", "mlp"]))
 def test_no_peer_has_ads_or_what_stands_in_its_place(words, monkeypatch):
-    monkeypatch.setattr(bench, "mamba_peer", copy.deepcopy)
+    replace_peer(monkeypatch, "mamba", lambda c, block: block)
     assert "peer" not in bench_settings("--model", "mamba", *words).forms
 
 
@@ -175,30 +187,158 @@ def test_no_peer_has_ads_or_what_stands_in_its_place(words, monkeypatch):
 def test_without_the_peer_bench_says_what_to_install(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, MODULES[name], None)
     assert "peer" not in bench_settings("--model", name).forms
-    assert f"No peer is timed: {bench.PEERS[name]} is not installed here" in capsys.readouterr().out
+    package, _ = bench.PEERS[name]
+    assert f"No peer is timed: {package} is not installed here" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("factor", (0.5, 1 + 1e-3))
 @pytest.mark.parametrize("name", bench.PEERS)
-def test_a_peer_that_computes_something_else_is_not_timed(name, tmp_path, monkeypatch, capsys):
-    def half_peer(c, layer):
+def test_a_peer_that_computes_something_else_is_not_timed(
+        name, factor, tmp_path, monkeypatch, capsys):
+    def other(c, block):
         with torch.no_grad():
-            layer.D /= 2
-        return layer
-    monkeypatch.setattr(bench, f"{name}_peer", half_peer)
+            for w in block.parameters():
+                w *= factor
+        return block
+    replace_peer(monkeypatch, name, other)
     assert "peer" not in bench_settings("--model", name).forms
-    assert "computes other logits from the same weights" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("No peer is timed: with the same weights ") and said.count("\n") == 1
     assert benches(tmp_path, "--model", name, "--forms", "peer") == 2
     assert "--forms peer: choose from" in capsys.readouterr().err
 
 
+# ---- The floor by operations ---------------------------------------------------------------------
+
+class Tally(TorchDispatchMode):
+    """Keeps the name, the inputs and the result of each of PyTorch's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen.append((func.overloadpacket.__name__, args, result))
+        return result
+
+
+def run_blocks(name, model, n, w):
+    """n images through the blocks and back; the weights' gradient, too, if w is 1. Returns L."""
+    z = randn(n, 6, 6).requires_grad_()
+    with nullcontext() if w else MODELS[name].frozen(model):
+        y = z
+        for block in model.blocks:
+            y = block(y)
+        y.square().sum().backward()
+    return z.shape[1]
+
+
+@pytest.mark.parametrize("options", ({}, {"ads": "relu"}, {"control": "glu"}), ids=str)
+@pytest.mark.parametrize("w", (0, 1))
+def test_the_floor_s_products_are_those_that_pytorch_counts(name, options, w, monkeypatch):
+    # The loop has no products of its own.
+    monkeypatch.setattr(mamba_adv, "selective_scan", mamba_adv.selective_scan_loop)
+    model = tiny(name, **options)
+    flops = []
+    for n in (1, 3):
+        with FlopCounterMode(display=False) as counter:
+            L = run_blocks(name, model, n, w)
+        flops.append(sum(count for operator, count in counter.get_flop_counts()["Global"].items()
+                         if "convolution" not in str(operator)))
+    expected = floor.operations(model, L, 1, w)["products"]
+    # Mamba's convolution pads at the end what it then cuts off; PyTorch counts that, too.
+    expected -= sum((2 + w) * L * part.weight.numel() for part in model.modules()
+                    if isinstance(part, nn.Conv1d))
+    # What does not grow with the batch belongs to the kernels. A multiply-add is two FLOPs.
+    assert flops[1] - flops[0] == 2 * 2 * expected > 0
+
+
+@pytest.mark.parametrize("w", (0, 1))
+def test_the_floor_s_ffts_are_those_that_run(name, w):
+    model = tiny(name)
+    ffts = []
+    for n in (1, 3):
+        with Tally() as tally:
+            L = run_blocks(name, model, n, w)
+        ffts.append(sum(result.numel() // result.shape[-1] for operator, _, result in tally.seen
+                        if operator.startswith("_fft_")))
+    assert ffts[1] - ffts[0] == 2 * floor.operations(model, L, 1, w)["FFTs"]
+    assert (ffts[1] > 0) == (name in ("s4", "dss", "attention"))
+
+
+def test_the_floor_s_scan_of_s5_is_its_definition_s_and_as_much_for_each_gradient():
+    model = tiny("s5", n_layers=1)
+    with Tally() as tally, torch.no_grad():
+        model.blocks[0].ssm.recurrence(randn(3, 6, 6))
+    found = sum(4 * result.numel() for operator, _, result in tally.seen
+                if operator == "mul" and result.is_complex() and result.shape == (3, 4))
+    assert 2 * found == 3 * floor.operations(model, 6, 1, 0)["scan"]
+    assert 3 * found == 3 * floor.operations(model, 6, 1, 1)["scan"]
+
+
+@pytest.mark.parametrize("w", (0, 1))
+def test_the_floor_s_scan_of_mamba_is_what_runs_but_for_the_states_made_again(w):
+    model = tiny("mamba", n_layers=1)
+    d, N = model.blocks[0].log_minus_A.shape
+    with Tally() as tally:
+        L = run_blocks("mamba", model, 3, w)
+    found = 0
+    for operator, args, result in tally.seen:
+        if operator in ("mul", "mul_", "addcmul_") and result.shape[-2:] == (N, d):
+            found += result.numel()
+        if operator == "bmm" and args[1].shape[-2:] == (N, d):          # sums over the states
+            found += args[1].numel()
+    again = 3 * L * d * N
+    assert found == 3 * (floor.operations(model, L, 1, w)["scan"] + again)
+
+
+def test_the_floor_takes_each_operation_s_count_over_its_rate():
+    model = tiny("s5")
+    found = floor.operations(model, 6, 11, 1)
+    close(floor.seconds(model, 6, 11, 1, {"products": 2.0, "scan": 4.0, "FFTs": 1.0}),
+          found["products"] / 2 + found["scan"] / 4)
+
+
+def test_the_rates_of_a_machine_are_those_of_its_fastest_try(monkeypatch):
+    # 50 tries of each kind, that take 3 and then 2 seconds.
+    ticks = iter([tick for try_ in range(150) for tick in (10 * try_, 10 * try_ + 3 - try_ % 2)])
+    monkeypatch.setattr(floor.time, "process_time", lambda: next(ticks))
+    assert floor.rates(8) == {"products": 1024 ** 3 / 2, "FFTs": 128, "scan": 2 ** 15}
+
+
+@pytest.mark.parametrize("changes", ({"precision": "bf16"}, {"device": "cuda:0"}), ids=str)
+def test_bf16_and_a_gpu_have_no_floor(changes):
+    c = bench.changed(bench_settings("--forms", "fast"), **changes)
+    assert math.isnan(bench.least(c, 4, "attack step", "fast", {}))
+
+
 # ---- What a work costs ---------------------------------------------------------------------------
+
+def test_no_file_sets_the_allocator_and_the_log_says_which_one_all_forms_have(
+        tmp_path, monkeypatch, capsys):
+    for path in [*HERE.glob("*.py"), *(HERE / "lab").glob("*.py")]:
+        assert "mallopt" + "(" not in path.read_text(), path.name
+    for known in [*os.environ]:
+        if known.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")):
+            monkeypatch.delenv(known)
+    monkeypatch.setattr(bench, "timings", lambda c, L, rate: iter(()))
+    monkeypatch.setattr(train, "write_csv", lambda path, rows: None)
+    assert benches(tmp_path, "--forms", "fast,plain") == 0
+    head, _ = capsys.readouterr().out.split("\n", 1)
+    assert head.endswith("; all forms with the C library's default allocator")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "-1")
+    assert benches(tmp_path, "--forms", "fast,plain") == 0
+    head, _ = capsys.readouterr().out.split("\n", 1)
+    assert head.endswith("; all forms with allocator of MALLOC_TRIM_THRESHOLD_")
+
 
 def test_each_form_is_measured_with_what_it_says(monkeypatch):
     c, seen = bench_settings("--ads"), []
 
     def jobs(c, form):
         return {"work": lambda: seen.append((form, c.precision, c.ads,
-                                             train.frozen is nullcontext))}
+                                             s4_adv.frozen is nullcontext))}
     monkeypatch.setattr(bench, "bench_jobs", jobs)
     for form in bench.FORMS:
         bench.sample(c, "work", form)
@@ -210,7 +350,7 @@ def test_each_form_is_measured_with_what_it_says(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
-def test_training_s_products_have_the_bits_of_the_form_and_evaluation_s_all(precision):
+def test_training_s_products_have_the_bits_of_the_form(precision):
     c, seen = bench_settings("--precision", precision), []
     jobs = bench.bench_jobs(c)
     hook = nn.modules.module.register_module_forward_hook(
@@ -219,8 +359,7 @@ def test_training_s_products_have_the_bits_of_the_form_and_evaluation_s_all(prec
         for job, run in jobs.items():
             seen.clear()
             run()
-            bits = torch.bfloat16 if precision == "bf16" and job != "evaluation" else torch.float32
-            assert set(seen) == {bits}, job
+            assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}, job
     finally:
         hook.remove()
 
@@ -231,7 +370,7 @@ def test_a_training_step_has_one_step_of_the_optimiser(monkeypatch):
     for job, run in bench.bench_jobs(bench_settings()).items():
         steps.clear()
         run()
-        assert len(steps) == (job in ("pgd-2 AT step", "TRADES-2 step")), job
+        assert len(steps) == (job == "pgd-2 AT step"), job
 
 
 def test_a_work_repeated_meets_the_same_weights_and_attacks_every_image(monkeypatch):
@@ -239,9 +378,9 @@ def test_a_work_repeated_meets_the_same_weights_and_attacks_every_image(monkeypa
     monkeypatch.setattr(MODELS["s4"], "pgd", lambda model, x, *rest: attacked.append(
         (len(x), [w.detach().clone() for w in model.parameters()])) or real(model, x, *rest))
     jobs = bench.bench_jobs(c)
-    for job in ("attack step", "pgd-2 AT step", "evaluation"):
+    for job in WORKS * 2:
         jobs[job]()
-    assert [n for n, _ in attacked] == [16] * 3
+    assert [n for n, _ in attacked] == [16] * 4
     for _, weights in attacked:
         assert all(torch.equal(a, b) for a, b in zip(weights, attacked[0][1]))
 
@@ -256,18 +395,16 @@ def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
     assert plain > 2 * states and plain > fast + states and fast > 0 or math.isnan(fast)
 
 
-@pytest.mark.parametrize("device", ("cpu", "cuda:0"))
-def test_a_job_that_memory_does_not_suffice_for_has_no_cost_and_a_bug_is_no_lack_of_it(
-        device, monkeypatch):
+def test_a_form_that_memory_does_not_suffice_for_is_named_and_a_bug_is_no_lack_of_it(monkeypatch):
     def fails_by(error):
-        def fails(c, name, form):
+        def fails(c, work, form):
             raise error
         monkeypatch.setattr(bench, "sample", fails)
-        return bench.sample_apart(SimpleNamespace(device=device), "forward", "fast")
+        return bench.sample_apart(SimpleNamespace(device="cpu"), "attack step", "plain")
     monkeypatch.setattr(bench, "ProcessPoolExecutor", ThreadPoolExecutor)
-    for error in (BrokenExecutor("terminated"), torch.cuda.OutOfMemoryError("CUDA out of memory"),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        assert fails_by(error) is None
+    monkeypatch.setattr(bench, "get_context", lambda kind: None)
+    with pytest.raises(train.UserError, match="memory does not suffice for plain; give a smaller"):
+        fails_by(BrokenExecutor("terminated"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         fails_by(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
@@ -276,61 +413,65 @@ def test_a_job_that_memory_does_not_suffice_for_has_no_cost_and_a_bug_is_no_lack
 
 def test_bench_times_every_work_in_every_form_at_every_length_into_a_table_and_a_csv(
         tmp_path, monkeypatch, capsys):
-    def sample(c, name, form):
-        if (name, form) == ("evaluation", "plain"):
-            return None
-        return bench.sample(c, name, form) | {"peak_mb": 2.0}
+    def sample(c, work, form):
+        return bench.sample(c, work, form) | {"peak_mb": 2.0}
     monkeypatch.setattr(bench, "sample_apart", sample)
     assert benches(tmp_path, "--bench", "2", "--lengths", "3,8", "--ads") == 0
-    expected = []
-    for L in "38":
-        for work in WORKS:
-            expected += [(L, work, form) for form in ("fast", "bf16", "no-ads", "plain")
-                         if (work, form) != ("evaluation", "bf16")]
     found = rows(tmp_path)
     assert [(r["L"], r["work"], r["form"]) for r in found] == [
-        e for e in expected if e[1:] != ("evaluation", "plain")]
+        (L, work, form) for L in "38" for work in WORKS
+        for form in ("fast", "bf16", "no-ads", "plain")]
     for r in found:
         assert (r["model"], r["ads"], r["batch"]) == ("s4", "relu", "16")
-        assert float(r["peak_mb"]) == 2 and 0 < float(r["kernel_share"]) < 1
+        assert float(r["peak_mb"]) == 2
+        assert math.isnan(float(r["floor_share"])) == (r["form"] == "bf16")
         close(float(r["images_per_second"]) * float(r["seconds"]), 16.0)
         close(float(r["us_per_token"]) * 16 * int(r["L"]), 1e6 * float(r["seconds"]), 1e-6)
         assert r["form"] != "fast" or float(r["times_fast"]) == 1
     text = capsys.readouterr().out
-    assert text.count("evaluation       plain      did not fit into memory") == 2
-    assert text.count("\n") == 4 + len(expected)
-    assert text.startswith("s4 + AdS relu, d_model 8, 1 layers, batch 16, micro-batch all, fp32,")
+    assert text.count("\n") == 4 + 2 + len(found)
+    assert text.startswith("s4 + AdS relu, d_model 8, 1 layers, batch 16, fp32,")
 
 
 def test_a_row_is_the_median_of_its_runs_and_their_spread_and_compares_cpu_seconds(monkeypatch):
     costs = {"fast": iter([1.0, 4.0, 2.0]), "plain": iter([6.0, 6.0, 6.0])}
-    monkeypatch.setattr(bench, "sample_apart", lambda c, name, form: {
-        "seconds": 8.0, "cpu_seconds": next(costs[form]), "kernel_share": 0.5, "peak_mb": 1.0})
-    monkeypatch.setattr(bench, "bench_jobs", lambda c: ["forward"])
+    monkeypatch.setattr(bench, "sample_apart", lambda c, work, form: {
+        "seconds": 8.0, "cpu_seconds": next(costs[form]), "peak_mb": 1.0})
+    monkeypatch.setattr(bench, "passes", lambda c: {"attack step": (1, 0)})
+    monkeypatch.setattr(floor, "seconds", lambda *args: 0.0625)         # of one image
     c = bench_settings("--forms", "fast,plain", "--bench", "3")
-    fast, plain = bench.timings(c, 4)
+    fast, plain = bench.timings(c, 4, {})
     assert (fast["cpu_seconds"], fast["spread"], fast["times_fast"]) == (2.0, 1.5, 1.0)
     assert (plain["seconds"], plain["spread"], plain["times_fast"]) == (8.0, 0.0, 3.0)
+    assert (fast["floor_share"], plain["floor_share"]) == (16 * 0.0625 / 2, 16 * 0.0625 / 6)
     assert plain["images_per_second"] == 2 and plain["us_per_token"] == 8e6 / 16 / 4
 
 
-def test_nothing_that_fits_into_memory_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "sample_apart", lambda *args: None)
-    assert benches(tmp_path, "--forms", "fast") == 2
-    assert "--batch-size 16: nothing fits into memory; give fewer" in capsys.readouterr().err
-    assert not (tmp_path / "bench.csv").exists()
+def test_the_floor_is_that_of_the_form_s_settings_and_of_the_work(monkeypatch):
+    seen = []
+
+    def seconds(model, L, g, w, rate):
+        seen.append((model.blocks[0].middle.__class__.__name__, L, g, w, rate))
+        return 0.0
+    monkeypatch.setattr(floor, "seconds", seconds)
+    c = bench_settings("--ads", "--forms", "fast")
+    for form in ("fast", "no-ads", "plain"):
+        bench.least(c, 4, "pgd-2 AT step", form, "rate")
+    bench.least(c, 4, "attack step", "fast", "rate")
+    assert seen == [("AdaptiveScaling", 4, 3, 1, "rate"), ("Identity", 4, 3, 1, "rate"),
+                    ("AdaptiveScaling", 4, 3, 1, "rate"), ("AdaptiveScaling", 4, 1, 0, "rate")]
 
 
 def test_bench_on_a_gpu_stays_in_one_process_and_compares_seconds(monkeypatch):
     def refused(*args):
         raise AssertionError("a new process")
-    for function, fake in {"bench_jobs": lambda c: ["forward"], "get_context": refused,
-                           "sample": lambda c, name, form: {
+    for function, fake in {"passes": lambda c: {"attack step": (1, 0)}, "get_context": refused,
+                           "sample": lambda c, work, form: {
                                "seconds": 0.5 if form == "fast" else 1.0, "cpu_seconds": 0.25,
-                               "kernel_share": 0.1, "peak_mb": 1.0}}.items():
+                               "peak_mb": 1.0}}.items():
         monkeypatch.setattr(bench, function, fake)
     c = bench.changed(bench_settings("--forms", "fast,plain"), device="cuda:0", clock="seconds")
-    assert [row["times_fast"] for row in bench.timings(c, 4)] == [1.0, 2.0]
+    assert [row["times_fast"] for row in bench.timings(c, 4, {})] == [1.0, 2.0]
 
 
 def test_on_a_gpu_mamba_is_timed_without_triton_too(monkeypatch):
@@ -345,10 +486,11 @@ def test_on_a_gpu_mamba_is_timed_without_triton_too(monkeypatch):
 
 
 def test_on_a_cpu_a_run_has_a_process_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "bench_jobs", lambda c: ["forward"])         # its own has all works
+    # The new process has passes of its own.
+    monkeypatch.setattr(bench, "passes", lambda c: {"attack step": (1, 0)})
     assert benches(tmp_path, "--forms", "fast") == 0
     row, = rows(tmp_path)
-    assert row["work"] == "forward" and float(row["cpu_seconds"]) > 0
+    assert row["work"] == "attack step" and float(row["cpu_seconds"]) > 0
     assert "each the second one of a new process" in capsys.readouterr().out
 
 
@@ -376,6 +518,7 @@ BAD = {
     "--bench x": "argument --bench: invalid int value: 'x'",
     "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 1,5,10",
     "--bench --lengths 0": "--lengths [0]: each must be at least 1",
+    "--bench --micro-batch 2": "unrecognized arguments: --micro-batch",
     "--bench --resume": "unrecognized arguments: --resume",
     "--bench --device meta": "--device meta: there is no such device here",
     "--bench --d-state 3": "--d-state 3: s4 stores conjugate pairs; give an even number",
