@@ -8,6 +8,7 @@ import copy
 import functools
 import re
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,6 +238,29 @@ def test_an_image_that_is_not_a_number_is_refused(script):
     x, y = images()
     with pytest.raises(ValueError, match="images must lie in"):
         script.pgd(linear(3), x.masked_fill(x == 1, float("nan")), y, EPS, ALPHA, 2)
+
+
+def test_a_gradient_of_exactly_0_is_told_once_with_its_share_and_an_attack_that_moves_is_not(
+        script, attack):
+    x, y = images(10)
+    dead = Spy(lambda x: x.flatten(1)[:, :3] * (x[:, 0, 0, :1] > 2))    # for every image
+
+    def saturated(x):
+        """The first half of the images has logits so large that the softmax loses them."""
+        large = 1 + 1e5 * (torch.arange(len(x)) < len(x) // 2)
+        return large[:, None].to(x) * (2 * F.one_hot(y, 3) + 0.1 * x.flatten(1)[:, :3])
+    for net, share in ((dead, "100%"), (Spy(saturated), "50%"), (Spy(smooth()), None)):
+        for eps in (0.0, EPS, EPS):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                run(script, attack, net, x, y, eps=eps)
+            if share and eps:
+                (warning,) = told
+                assert f"{share} of the images" in str(warning.message)
+                assert "--checks" in str(warning.message)
+                share = None
+            else:
+                assert not told, told[0].message
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", "kl_pgd"])
