@@ -70,6 +70,7 @@ STATES = {"mamba": 16, "attention": 16}         # d_state, whatever the data set
 HELD_OUT = 1000                                 # training images that choose Best, not trained on
 RUN_FILES = ("last.pt", "best.pt", "config.json", "log.csv", "result.json")
 MAY_CHANGE = ("data_dir", "device", "save_every", "attacks")            # beside --resume
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")   # what it sets
 
 # The other jobs, each a module of lab/ that takes the whole command line.
 JOBS = {"--evaluate": "evaluate", "--analyse": "analyse", "--bench": "bench", "--plot": "figures",
@@ -642,8 +643,14 @@ def stop_at_signal(run):
         if not run.busy:                                                # measuring: nothing to lose
             raise KeyboardInterrupt
         run.asked = True
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
+    at_signals(note, note)
+
+
+def at_signals(interrupt, terminate):
+    """Sets what SIGINT and SIGTERM do; a thread other than the main one may not, and does not."""
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def train_model(c, data, state=None):
@@ -1072,8 +1079,8 @@ def check(c):
         if size is not None and not 1 <= size < 2 ** 31:
             refuse(name, "it must be at least 1" if size < 1 else "it is too large")
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
-        if not 0 <= getattr(c, name) < math.inf:
-            refuse(name, "it must be a number of at least 0")
+        if not 0 <= getattr(c, name) < 2 ** 31:
+            refuse(name, "it must be a number of at least 0, below 2^31")
     in_the_box = "it must lie in [0, 1], pixel units; 8/255, not 8"
     h, w = c.shape[1:]
     for name, good, why in (
@@ -1084,7 +1091,7 @@ def check(c):
             ("alphas", not c.alphas or c.method in ("pgd", "trades") and len(c.alphas) == c.steps,
              f"give one for each of the {c.steps} --steps, with --method pgd or trades"),
             ("lr", 0 < c.lr < 1e30, "it must be a number above 0, below 1e30"),
-            ("yopo", min(c.yopo) >= 1, "both numbers must be at least 1, as in 5-3"),
+            ("yopo", all(1 <= n < 2 ** 31 for n in c.yopo), "give numbers from 1 on, as in 5-3"),
             ("control", not (c.ads and c.control),
              f"it stands in the place of --ads {c.ads}; give one of them"),
             ("d_state", c.model not in ("s4", "dss") or c.d_state % 2 == 0,
@@ -1221,8 +1228,23 @@ def run_from(words):
             held.close()
 
 
-def by_torchrun():
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} <= os.environ.keys()
+def join_processes():
+    """Joins the other processes, if torchrun has started this one.  UserError where what it sets
+    is there in part, as under srun and mpirun: each process would train alone."""
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return
+    if missing:
+        raise UserError(f"the environment has RANK or WORLD_SIZE, but no {missing[0]}; start the "
+                        f"processes by torchrun, which sets {', '.join(TORCHRUN)}, or set none")
+    gpu = torch.cuda.is_available()
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo")
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"{', '.join(TORCHRUN)}: the processes do not come together "
+                        f"({str(e).partition(chr(10))[0]}); start them by torchrun") from e
 
 
 def complain(words, alone=False):
@@ -1237,22 +1259,18 @@ def main(argv=None):
     """A training run, or the job whose word stands on the command line. Returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     asked = next((word for word in words if word.partition("=")[0] in JOBS), None)
+    helps = {"-h", "--help"} & set(words)
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):               # any name is printable
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        if by_torchrun():
-            gpu = torch.cuda.is_available()
-            dist.init_process_group("nccl" if gpu else "gloo")
-            if gpu:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not helps:
+            join_processes()
         # Products and convolutions in full float32 on a GPU, too.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if asked:
             job = asked.partition("=")[0]
-            if {"-h", "--help"} & set(words):
-                words = ["--help"]
-            return laboratory(JOBS[job], job).main(words) or 0
+            return laboratory(JOBS[job], job).main(["--help"] if helps else words) or 0
         run_from(words)
     except (UserError, FloatingPointError) as e:
         return complain(e)
@@ -1271,8 +1289,7 @@ def main(argv=None):
         return complain(f"memory does not suffice ({why}); try a smaller --micro-batch, "
                         "--batch-size or model", alone=True)
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        at_signals(signal.default_int_handler, signal.SIG_DFL)
         # gloo's processes may wait for a peer that has left: see `leave`.
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
@@ -1282,7 +1299,7 @@ def main(argv=None):
 def leave(code):
     """Ends the program; a process of torchrun's at once: if a thread of gloo's frees a tensor while
     Python shuts down, it aborts what was complete (pytorch/pytorch, 179291)."""
-    if by_torchrun():
+    if "LOCAL_RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

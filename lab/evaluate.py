@@ -98,8 +98,10 @@ Beside one of the last five flags --attacks is none unless given."""
     if "attacks" not in given and any(getattr(c, name) for name in MORE):
         c.attacks = []
     specs = [spec for spec in c.attacks if spec != "pgd-official"]
-    specs += [f"pgd-{steps}" for steps in c.steps_sweep or ()]
     train.check(SimpleNamespace(**vars(c) | {"attacks": specs}))
+    for steps in c.steps_sweep or ():
+        if steps >= 10 ** 6:
+            raise train.UserError(f"--steps-sweep {steps}: an attack has fewer than 10^6 steps")
     for eps in c.eps_sweep or ():
         if not 0 <= eps <= 1:
             raise train.UserError(f"--eps-sweep {train.show(eps)}: radii must lie in [0, 1], pixel "
