@@ -29,6 +29,7 @@ The whole program is this file and ads.py: copy the two.
 """
 import argparse
 import math
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -653,7 +654,8 @@ def once(module, key, make):
 
 def demo(parser, build):
     """PGD-AT on MNIST at eps 0.1 of build(args, ads), without and with AdS; prints a table."""
-    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
+    parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
+                        help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

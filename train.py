@@ -133,21 +133,28 @@ def load_data(c):
     return {name: (x.to(c.device), y.to(c.device)) for name, (x, y) in sets.items()}
 
 
+def lack_of_torchvision(name, error):
+    return UserError(f"--dataset {name} needs torchvision, which cannot be used here ({error}); "
+                     "install it, or use --dataset synthetic")
+
+
 def torchvision_data(name, root):
-    """Images and labels, training then test, of MNIST or CIFAR-10; downloaded where absent."""
+    """Images and labels, training then test, of MNIST or CIFAR-10. They are unpacked where their
+    archives lie, as torchvision names them, and downloaded where they are absent."""
     try:
         from torchvision.datasets import CIFAR10, MNIST
     except Exception as e:
-        raise UserError(f"--dataset {name} needs torchvision, which cannot be imported here ({e}); "
-                        "install it, or use --dataset synthetic") from e
+        raise lack_of_torchvision(name, e) from e
     kind = {"mnist": MNIST, "cifar10": CIFAR10}[name]
     folder = Path(root) / {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[name]
+    archives = {"mnist": "MNIST/raw/*.gz", "cifar10": "cifar-10-python.tar.gz"}[name]
     n_train = {"mnist": 60_000, "cifar10": 50_000}[name]
     absent = not folder.exists()
     tensors = []
     try:
+        unpack = absent or any(Path(root).glob(archives))
         for first in (True, False):
-            data = kind(root, train=first, download=absent)
+            data = kind(root, train=first, download=unpack)
             tensors += [torch.as_tensor(data.data), torch.as_tensor(data.targets)]
         if [len(v) for v in tensors] != [n_train, n_train, 10_000, 10_000]:
             raise ValueError("another number of images")
@@ -167,41 +174,76 @@ def torchvision_data(name, root):
 def tiny_imagenet(root, n_classes):
     """Images and labels, training then test, of the first n_classes of wnids.txt.
 
+    val is as it was unpacked, or sorted into a folder for each class, with or without images/.
     Training images come in one fixed shuffled order, since the official one goes class by class.
+    UserError where an image is missing, or one too many.
     """
     try:
-        wnids = (root / "wnids.txt").read_text().split()
-        rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
-    except OSError as e:
+        wnids = dict.fromkeys((root / "wnids.txt").read_text().split())
+        wnids = [w for w in wnids if (root / "train" / w).is_dir()]
+        if n_classes > len(wnids):
+            raise UserError(f"--classes {n_classes}: {root} has the images of {len(wnids)} "
+                            f"classes; give at most {len(wnids)}")
+        label = {w: i for i, w in enumerate(wnids[:n_classes])}
+        train = in_class_folders(root / "train", label)
+        test = in_class_folders(root / "val", label)
+        if not test:
+            rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
+            for row in rows:
+                name, w = row.split("\t")[:2]
+                if w in label:
+                    test.append((root / "val" / "images" / name, label[w]))
+    except (OSError, ValueError) as e:
         raise UserError(f"--data-dir {root.parent}: no Tiny-ImageNet there ({e}); unpack the "
                         f"official tiny-imagenet-200.zip so that {root / 'wnids.txt'} exists, "
                         "or use --dataset synthetic") from e
-    wnids = [w for w in wnids if (root / "train" / w / "images").is_dir()]
-    if n_classes > len(wnids):
-        raise UserError(f"--classes {n_classes}: {root} has the images of {len(wnids)} classes; "
-                        f"give at most {len(wnids)}")
-    label = {w: i for i, w in enumerate(wnids[:n_classes])}
-    train, test = [], []
-    for w, i in label.items():
-        train += [(file, i) for file in sorted((root / "train" / w / "images").glob("*.JPEG"))]
-    for row in rows:
-        name, w = row.split("\t")[:2]
-        if w in label:
-            test.append((root / "val" / "images" / name, label[w]))
+    for folder, files, n in (("train", train, 500), ("val", test, 50)):
+        labels = [i for _, i in files]
+        for w, i in label.items():
+            if labels.count(i) != n:
+                raise UserError(f"--data-dir {root.parent}: {root / folder} has "
+                                f"{labels.count(i)} images of the class {w}, and the official "
+                                f"archive {n}; unpack it again")
+    test.sort(key=order_of_val)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return *decode([train[i] for i in order]), *decode(test)
 
 
+def in_class_folders(folder, label):
+    """[(JPEG file, label)] of the classes that have a folder, or images/ in one."""
+    found = []
+    for w, i in label.items():
+        place = folder / w / "images"
+        if not place.is_dir():
+            place = folder / w
+        found += [(file, i) for file in sorted(place.glob("*.JPEG"))]
+    return found
+
+
+def order_of_val(item):
+    """The order of val_annotations.txt: val_2.JPEG before val_10.JPEG."""
+    file, _ = item
+    return len(file.name), file.name
+
+
 def decode(files):
-    """[(JPEG file, label)] -> images uint8 (n, 3, h, w), labels (n,)."""
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    """[(JPEG file, label)] -> images uint8 (n, 3, 64, 64), labels (n,)."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+        torch.ops.image.decode_jpeg                                         # its image extension
+    except Exception as e:
+        raise lack_of_torchvision("tiny-imagenet", e) from e
     images = []
     for file, _ in files:
         try:
-            images.append(decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB))
+            image = decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
+            if image.shape != (3, 64, 64):
+                raise RuntimeError("it has {1} x {2} pixels, not 64 x 64".format(*image.shape))
         except RuntimeError as e:
-            raise UserError(f"--data-dir: the image {file} is missing or damaged ({e}); unpack "
-                            "the official archive again") from e
+            raise UserError(f"--data-dir: the image {file} is missing, damaged or of another size "
+                            f"({str(e).partition(chr(10))[0]}); unpack the official archive "
+                            "again") from e
+        images.append(image)
     return torch.stack(images), torch.tensor([i for _, i in files])
 
 
@@ -991,8 +1033,8 @@ def add_flags(p, only=None):
     flag("--control", str, None, "what stands in the place of AdS for comparison; scale, shift: "
          "half of ReLU-AdS", "nothing", choices=CONTROLS)
     flag("--dataset", str, "cifar10", "images", choices=tuple(PRESETS))
-    flag("--data-dir", str, "./data", "torchvision's layout; downloaded where absent",
-         metavar="DIR")
+    flag("--data-dir", os.path.expanduser, "./data", "torchvision's layout; downloaded where "
+         "absent", metavar="DIR")
     flag("--classes", int, BY_DATA, "Tiny-ImageNet: the first N of wnids.txt", "50", metavar="N")
     flag("--method", str, "pgd", "training method", choices=METHODS)
     flag("--eps --epsilon", fraction, BY_DATA, "radius eps of the l_inf ball, pixel units in "
