@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -431,6 +431,12 @@ def load_model(c, state, path):
 
 def put_weights(model, weights, path):
     try:
+        for prefix in ("module.", "_orig_mod."):
+            if next(iter(weights)).startswith(prefix):
+                raise UserError(f"{path}: the names of its weights begin with '{prefix}', as "
+                                "DataParallel and torch.compile write them; save {name.removeprefix"
+                                f"('{prefix}'): w for name, w in state['model'].items()}} as "
+                                "state['model'] instead")
         model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError) as e:
         raise UserError(f"{path}: the checkpoint does not fit the model that its settings describe "
@@ -448,7 +454,8 @@ def write(path, content):
         torch.save(content, buffer)
         content = buffer.getvalue()
     try:
-        with open(part, "wb") as f:
+        part.unlink(missing_ok=True)            # a link that somebody planted is not followed
+        with open(part, "xb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
@@ -456,8 +463,23 @@ def write(path, content):
     except OSError as e:
         with suppress(OSError):
             part.unlink()
-        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: make "
-                        "room, or choose another folder; a run goes on with --resume") from e
+        raise UserError(f"cannot write {e.filename2 or e.filename or path} ({e.strerror}); what "
+                        "was there before is whole: make room, or choose another folder; a run "
+                        "goes on with --resume") from e
+
+
+def open_to_append(path):
+    """A file that may be there; a link is not followed."""
+    def open_no_link(name, flags):
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return open(path, "a", opener=open_no_link)
+
+
+def probe(folder):
+    """UserError if nothing can be written into a folder: that is said before the work."""
+    path = folder / f".probe-{os.getpid()}"
+    write(path, "")
+    path.unlink()
 
 
 def write_csv(path, rows):
@@ -493,20 +515,23 @@ def read_checkpoint(path, flag):
             raise UserError(f"{flag} {path}: there is no checkpoint in that folder; give another")
         path = path / "last.pt"
     try:
-        with zipfile.ZipFile(path) as file:     # torch.load does not look at the checksums
+        if not path.is_file():
+            raise UserError(f"{flag} {path}: there is no such file; give one of a run's "
+                            "checkpoints, last.pt or best.pt")
+        content = io.BytesIO(path.read_bytes())
+    except OSError as e:
+        raise UserError(f"{flag} {path}: cannot be read ({e.strerror}); see to its access rights, "
+                        "or copy it") from None
+    try:
+        with zipfile.ZipFile(content) as file:  # torch.load does not look at the checksums
             damaged = file.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
         config = state["config"]
         if (damaged is None and state["format"] == 1 and state["epoch"] >= 0 and state["model"]
                 and config["model"] in SCRIPTS and config["dataset"] in PRESETS
                 and "seed" in config):
             return state
-    except FileNotFoundError:
-        raise UserError(f"{flag} {path}: there is no such file; give one of a run's checkpoints, "
-                        "last.pt or best.pt") from None
-    except OSError as e:
-        raise UserError(f"{flag} {path}: cannot be read ({e.strerror}); see to its access rights, "
-                        "or copy it") from None
     except Exception:                           # whatever a damaged file does
         pass
     raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program; give "
@@ -999,7 +1024,13 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, words):
         """{flag: value} of the command line."""
-        found = vars(self.parse_args(words))
+        joined = []                             # what begins like -1/255 is a value, and no flag
+        for word in words:
+            if joined and joined[-1].startswith("--") and re.match(r"-[\d.]", word):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        found = vars(self.parse_args(joined))
         for name, value in found.items():
             if value == "":
                 self.error(f"--{name.replace('_', '-')} is empty; give a value, or leave it out")
@@ -1220,23 +1251,35 @@ def refuse_old_run(out):
                             "or choose another --out")
 
 
+@contextmanager
 def lock(out):
-    """The run's folder, for this process alone: the lock goes when the process does."""
+    """Within it the folder is this process's alone. Afterwards the lock is gone, and so are the
+    folders that were made for it, where nothing has come into them."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = open(out / ".lock", "a")
+        held = open_to_append(out / ".lock")
     except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
-                        "--out") from e
-    try:
-        import fcntl
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                                     # not on Windows
-        pass
-    except OSError:
-        raise UserError(f"--out {out}: another process is training there; wait for it, or choose "
-                        "another --out") from None
-    return held
+        raise UserError(f"--out {out}: {e.filename} cannot be written ({e.strerror}); choose "
+                        "another --out") from e
+    with held:
+        try:
+            import fcntl
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(held.fileno()).st_nlink == 0:
+                raise BlockingIOError                                       # given back just now
+        except ImportError:                                                 # not on Windows
+            pass
+        except OSError:
+            raise UserError(f"--out {out}: another process is training there; wait for it, or "
+                            "choose another --out") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (out / ".lock").unlink()
+                for folder in made:
+                    folder.rmdir()
 
 
 def run_from(words):
@@ -1255,19 +1298,14 @@ def run_from(words):
         refuse_old_run(Path(c.out))
     check(c)
     data = load_data(c)                         # before anything is written
-    held = None
-    if rank() == 0:
-        held = lock(Path(c.out))
-        if state is None:
+    with lock(Path(c.out)) if rank() == 0 else nullcontext():
+        if rank() == 0 and state is None:
             refuse_old_run(Path(c.out))         # of one that was faster
-    try:
-        train_model(c, data, state)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(c.out)}"
-                                ) from None
-    finally:
-        if held:
-            held.close()
+        try:
+            train_model(c, data, state)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(c.out)}"
+                                    ) from None
 
 
 def join_processes():
@@ -1295,6 +1333,15 @@ def complain(words, alone=False):
         with suppress(OSError):
             print(f"train.py: {words}", file=sys.stderr, flush=True)
     return 2
+
+
+def lacks_memory(error):
+    """Is it that memory does not suffice? PyTorch's CPU allocator and CUDA's libraries have no
+    exception of their own for it."""
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
+             "Storage size calculation overflowed")
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(sign in str(error) for sign in signs))
 
 
 def main(argv=None):
@@ -1325,9 +1372,9 @@ def main(argv=None):
         return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another path; a "
                         "run goes on with --resume")
     except (MemoryError, RuntimeError) as e:
-        why = str(e).partition("\n")[0]
-        if isinstance(e, RuntimeError) and "memory" not in why:
+        if not lacks_memory(e):
             raise
+        why = str(e).partition("\n")[0]
         return complain(f"memory does not suffice ({why}); try a smaller --micro-batch, "
                         "--batch-size or model", alone=True)
     finally:

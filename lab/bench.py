@@ -288,7 +288,7 @@ def sample_apart(c, name, form):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(sample, c, name, form).result()
     except RuntimeError as e:                   # a BrokenExecutor: the system has killed it
-        if isinstance(e, BrokenExecutor) or "memory" in str(e):
+        if isinstance(e, BrokenExecutor) or train.lacks_memory(e):
             return None
         raise
 

@@ -48,6 +48,7 @@ def main(words):
     report = "evaluation" if c.attacks else "-".join(asked).replace("_", "-")
     file = stem.with_name(f"{stem.name}-{report}.json")
     before = read_report(file, weights)         # a damaged one is refused before the work
+    train.probe(stem.parent)
     images, labels = train.load_data(c)["test"]
     kept = Kept(stem, images, labels, weights, c)
     train.say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {train.show(c.eps)}, "
@@ -340,7 +341,7 @@ class Kept:
         self.batches[key] = right, seconds
         batch = {"key": key, "right": right.int().tolist(), "seconds": seconds}
         try:
-            with open(self.path, "a") as f:
+            with train.open_to_append(self.path) as f:
                 f.write("\n" + json.dumps(batch))
         except OSError as e:
             raise train.UserError(f"cannot write {self.path} ({e.strerror}); copy the checkpoint "

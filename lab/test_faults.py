@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What stands in a file, in the environment or in a folder and is not what it should be."""
 import os
+import re
+import shutil
 import threading
-import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import s4_adv
 import train
 from test_all import TINY, seeded, trains
 
@@ -24,9 +27,10 @@ def contents(folder):
     """{path: its bytes, None for a folder, where a link points}: all that is in a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        found[path] = None if path.is_dir() else path.read_bytes()
         if path.is_symlink():
             found[path] = os.readlink(path)
+        else:
+            found[path] = None if path.is_dir() else path.read_bytes()
     return found
 
 
@@ -85,3 +89,135 @@ def test_a_sweep_of_too_many_steps_is_refused_by_its_own_name(number, tmp_path, 
     assert trains(tmp_path / "run", *TINY) == 0
     message = refused(["--evaluate", tmp_path / "run", "--steps-sweep", f"1,{number}"], capsys)
     assert f"--steps-sweep {number}: an attack has fewer than 10^6 steps" in message
+
+
+# ---- Messages ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert trains(folder, *TINY, "--epochs", "2") == 0
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_a_cut_checkpoint_is_called_damaged_and_not_a_matter_of_access_rights(run_folder, capsys):
+    last = run_folder / "last.pt"
+    whole = last.read_bytes()
+    for n in (0, 1, 100, 1000, len(whole) - 1):
+        last.write_bytes(whole[:n])
+        for job in ("--resume", "--evaluate", "--analyse"):
+            assert "this is damaged, or no checkpoint" in refused([job, run_folder], capsys)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
+@pytest.mark.parametrize("job", ["--evaluate", "--analyse"])
+def test_a_device_is_no_checkpoint_and_no_folder(job, path, capsys):
+    assert f"{job} {path}: there is no such file" in refused([job, path], capsys)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--eps -1/255", "--eps -0.0039"), ("--alpha -1/255", "--alpha -0.0039"),
+    ("--eps -.5", "--eps -0.5"), ("--alphas -1/255,0", "--alphas [-0.0039"),
+    ("--bench --lengths -64", "-64 is no list of whole numbers")])
+def test_a_negative_fraction_is_a_value_and_no_flag(words, message, capsys):
+    assert message in refused(words.split(), capsys)
+
+
+@pytest.mark.parametrize("error, lacks", [
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (RuntimeError("invalid memory format"), False), (ValueError("out of bounds"), False),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("CUDA error: out of memory"), True), (MemoryError(), True),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+    (torch.OutOfMemoryError("CUDA ..."), True)])
+def test_not_every_error_that_names_memory_is_a_lack_of_it(error, lacks):
+    assert train.lacks_memory(error) == lacks
+
+
+@pytest.mark.parametrize("job", ["--resume", "--evaluate", "--analyse"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_of_a_wrapped_model_are_refused_with_how_to_unwrap_them(
+        prefix, job, run_folder, capsys):
+    last = run_folder / "last.pt"
+    state = torch.load(last, weights_only=True)
+    state["model"] = {prefix + name: w for name, w in state["model"].items()}
+    torch.save(state, last)
+    message = refused([job, run_folder, "--device", "cpu"], capsys)
+    assert f"the names of its weights begin with '{prefix}'" in message
+    advice = re.search(r"save (\{.*\}) as state\['model'\] instead", message)[1]
+    state["model"] = eval(advice, {"state": state})
+    torch.save(state, last)
+    assert train.main([job, str(run_folder), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("words", ["--evaluate", "--evaluate --checks", "--analyse"])
+def test_a_folder_that_takes_no_file_is_said_to_be_so_before_the_work(
+        words, run_folder, monkeypatch, capsys):
+    job, *more = words.split()
+    before = contents(run_folder)
+
+    def work(*args):
+        raise AssertionError("the work has begun")
+
+    def read_only(file, mode="r", *args, **kw):
+        if set(mode) & set("wxa+"):
+            raise OSError(30, "Read-only file system", str(file))
+        return open(file, mode, *args, **kw)
+    monkeypatch.setattr(train, "scores", work)
+    monkeypatch.setattr(s4_adv, "ascend", work)
+    monkeypatch.setattr(train, "open", read_only, raising=False)
+    message = refused([job, run_folder, *more, "--device", "cpu"], capsys)
+    assert "cannot write" in message and "Read-only file system" in message
+    assert contents(run_folder) == before
+
+
+def test_a_refusal_leaves_neither_lock_nor_folder(tmp_path, monkeypatch, capsys):
+    def too_large(c):
+        raise MemoryError
+    monkeypatch.setattr(train, "build", too_large)
+    assert trains(tmp_path / "new" / "run", *TINY) == 2
+    (tmp_path / "there").mkdir()
+    assert trains(tmp_path / "there", *TINY) == 2
+    assert contents(tmp_path) == {tmp_path / "there": None}
+    assert "memory does not suffice" in capsys.readouterr().err
+
+
+# ---- Planted links -------------------------------------------------------------------------------
+
+def test_what_is_planted_where_a_run_writes_is_neither_followed_nor_emptied(tmp_path):
+    treasure = tmp_path / "treasure"
+    treasure.write_text("precious")
+    (tmp_path / "run").mkdir()
+    for name in train.RUN_FILES:
+        (tmp_path / "run" / f"{name}.part").symlink_to(treasure)
+    assert trains(tmp_path / "run", *TINY) == 0
+    assert treasure.read_text() == "precious" and not list((tmp_path / "run").glob("*.part"))
+
+
+@pytest.mark.parametrize("target", ["treasure", "nowhere"])
+def test_a_lock_that_is_a_link_is_refused(target, tmp_path, capsys):
+    (tmp_path / "treasure").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / target)
+    before = contents(tmp_path)
+    message = refused(["--dataset", "synthetic", *TINY, "--out", tmp_path / "run"], capsys)
+    assert ".lock cannot be written" in message and contents(tmp_path) == before
+
+
+def test_finished_batches_are_not_written_through_a_link(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: None)
+    words = ["--evaluate", run_folder / "best.pt", "--device", "cpu", "--attacks", "clean"]
+    assert train.main([str(word) for word in words]) == 0
+    part, = run_folder.glob("*.part")
+    monkeypatch.undo()
+    treasure = run_folder / "treasure"
+    treasure.write_text("precious")
+    os.remove(part)
+    part.symlink_to(treasure)
+    assert "cannot write" in refused(words, capsys) and treasure.read_text() == "precious"

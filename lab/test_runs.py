@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -411,7 +412,7 @@ def test_where_nobody_reads_or_nothing_can_be_opened_one_sentence_says_so(
 
     def refuse(*args, **kw):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     assert train.main(["--evaluate", str(tmp_path / "b" / "best.pt")]) == 2
     broken, long, closed = capsys.readouterr().err.splitlines()
     assert "train.py: the output: Broken pipe; choose another path; a run goes on" in broken
