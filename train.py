@@ -51,6 +51,9 @@ from s4_adv import ascend, frozen
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
 METHODS = ("standard", "pgd", "trades", "free", "yopo")
+# Flags that belong to some methods or models alone.
+OWNERS = {"steps": ("pgd", "trades"), "beta": ("trades",), "replays": ("free",), "yopo": ("yopo",),
+          "d_hidden": ("attention",)}
 
 # The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours: a
 # minute on a laptop. Whatever the command line leaves out comes from here.
@@ -751,6 +754,7 @@ def train_model(c, data, state=None):
         if on_terminal():
             say("\r\033[K", end="")
         say(format_row(row, c))
+        hint(run)
     finish(run, data)
 
 
@@ -795,6 +799,16 @@ def keep_best(run, row):
     if rank() == 0:
         write(Path(run.c.out) / "best.pt", {"format": 1, "config": vars(run.c), "epoch": run.epoch,
                                             "model": run.model.state_dict()})
+
+
+def hint(run):
+    """Says, once, that the first three epochs that were measured have not led above chance."""
+    found = [row[f"{run.c.select}_clean"] for row in run.rows]
+    known = [accuracy for accuracy in found if accuracy is not None]
+    third = len(known) == 3 and found[-1] is not None
+    if third and max(known) < 1.5 / run.c.classes and run.epoch < run.epochs:
+        say(f"hint: after {run.epoch} epochs accuracy is still that of chance; if it stays there, "
+            "train anew with --eps-warmup, which begins with small eps, or another --lr")
 
 
 def write_log(run):
@@ -1182,6 +1196,19 @@ def check(c):
     check_device(c)
 
 
+def refuse_idle(c, given):
+    """UserError for a given flag without effect, and for an attack in training that is none."""
+    for name, owners in OWNERS.items():
+        if name in given and not {c.method, c.model} & set(owners):
+            kind = "model" if name == "d_hidden" else "method"
+            raise UserError(f"--{name.replace('_', '-')} has an effect with --{kind} "
+                            f"{' or '.join(owners)} alone, and this is {getattr(c, kind)}; "
+                            "leave it out")
+    if c.method in OWNERS["steps"] and c.steps == 0:
+        raise UserError(f"--steps 0: --method {c.method} would train on noise, not on an attack; "
+                        "use --method standard")
+
+
 def check_device(c):
     """UserError if there is no such device, or if it cannot do c.precision."""
     try:
@@ -1297,6 +1324,7 @@ def run_from(words):
     else:
         refuse_old_run(Path(c.out))
     check(c)
+    refuse_idle(c, given)
     data = load_data(c)                         # before anything is written
     with lock(Path(c.out)) if rank() == 0 else nullcontext():
         if rank() == 0 and state is None:

@@ -221,3 +221,44 @@ def test_finished_batches_are_not_written_through_a_link(run_folder, monkeypatch
     os.remove(part)
     part.symlink_to(treasure)
     assert "cannot write" in refused(words, capsys) and treasure.read_text() == "precious"
+
+
+# ---- Flags that do nothing, and runs that learn nothing ------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    ("--method pgd --beta 6", "--beta has an effect with --method trades alone, and this is pgd"),
+    ("--method standard --steps 3", "--steps has an effect with --method pgd or trades alone"),
+    ("--method yopo --steps 3", "--steps has an effect with --method pgd or trades alone"),
+    ("--method pgd --replays 2", "--replays has an effect with --method free alone"),
+    ("--method free --yopo 5-3", "--yopo has an effect with --method yopo alone"),
+    ("--model s4 --d-hidden 8", "--d-hidden has an effect with --model attention alone"),
+    ("--method pgd --steps 0", "--steps 0: --method pgd would train on noise, not on an attack"),
+    ("--method trades --steps 0", "use --method standard"),
+    ("--bench --train-size 9", "unrecognized arguments: --train-size 9")])
+def test_a_flag_without_effect_is_refused(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(["--dataset", "synthetic", *words.split()], capsys)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("words", ["--method trades --beta 2 --steps 1", "--method yopo --yopo 1-1",
+                                   "--model attention --d-hidden 8 --method standard"])
+def test_a_flag_with_an_effect_and_a_preset_that_has_none_are_taken(words, tmp_path):
+    assert trains(tmp_path / "run", *TINY, *words.split()) == 0
+
+
+@pytest.mark.parametrize("accuracies, hints", [
+    ([0.1, 0.11, 0.12, 0.1, 0.1], 1), ([0.1, 0.1, 0.2, 0.1, 0.1], 0), ([0.1, 0.1, 0.1], 0)])
+def test_a_run_at_chance_gets_one_hint_that_names_the_warm_up(
+        accuracies, hints, tmp_path, monkeypatch, capsys):
+    planted, real = iter(accuracies), train.evaluate
+
+    def evaluate(model, images, labels, specs, c, place):
+        found = real(model, images[:20], labels[:20], specs, c, place)
+        return found | {"clean": next(planted)} if place[0] == "val" else found
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    words = ["--epochs", str(2 * len(accuracies)), "--eval-every", "2", "--method", "standard"]
+    assert trains(tmp_path / "run", *TINY, *words) == 0
+    out = capsys.readouterr().out
+    assert out.count("hint: after 6 epochs accuracy is still that of chance") == hints
+    assert out.count("--eps-warmup") == out.count("--lr") == hints

@@ -177,7 +177,8 @@ def tensors(state):
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(method, tmp_path):
     """SSM_ADV_KILLS=300 python -m pytest -q lab/test_runs.py -k killed   # minutes, not seconds"""
     kills = int(os.environ.get("SSM_ADV_KILLS", 24)) // 2
-    words = (f"{' '.join(TINY)} --dataset synthetic --device cpu --save-every 0 --replays 2 "
+    replays = "--replays 2" if method == "free" else ""
+    words = (f"{' '.join(TINY)} --dataset synthetic --device cpu --save-every 0 {replays} "
              f"--method {method} --train-size {30 * kills} --epochs 4 --eval-every 2").split()
     killer = alone("-c", KILLER, kills, *words, "--out", tmp_path / "killed")
     out, err = killer.communicate(timeout=3600)
@@ -442,7 +443,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(broken, tmp_path, m
 
 def one_and_two(tmp_path, method, train_size, script):
     """A run in this process, and in two processes that a script starts; their words and folders."""
-    words = (f"{' '.join(TINY)} --dataset synthetic --method {method} --replays 2 "
+    replays = "--replays 2" if method == "free" else ""
+    words = (f"{' '.join(TINY)} --dataset synthetic --method {method} {replays} "
              f"--epochs 4 --train-size {train_size} --device cpu --attacks clean").split()
     assert trains(tmp_path / "one", *words) == 0
     (tmp_path / "script.py").write_text(
