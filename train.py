@@ -530,15 +530,33 @@ def read_checkpoint(path, flag):
             damaged = file.testzip()
         content.seek(0)
         state = torch.load(content, map_location="cpu", weights_only=True)
-        config = state["config"]
-        if (damaged is None and state["format"] == 1 and state["epoch"] >= 0 and state["model"]
-                and config["model"] in SCRIPTS and config["dataset"] in PRESETS
-                and "seed" in config):
+        check_saved(state["config"])
+        if (damaged is None and state["format"] == 1 and state["model"]
+                and type(state["epoch"]) is int and state["epoch"] >= 0):
             return state
     except Exception:                           # whatever a damaged file does
         pass
     raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program; give "
                     "another, or train anew with another --out")
+
+
+def check_saved(config):
+    """Raises something unless a checkpoint's settings are what a command line gives."""
+    p = new_parser("")
+    defaults = add_flags(p)
+    words = [f"--model={config['model']}", f"--dataset={config['dataset']}"]
+    for name in defaults.keys() & config.keys() - {"attacks", "device", "out", "resume"}:
+        value = config[name]
+        if isinstance(value, list):
+            value = ("-" if name == "yopo" else ",").join(str(v) for v in value)
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    c = settings(p.given(words), defaults)
+    for name in vars(c).keys() & config.keys() - {"attacks", "device", "out", "resume"}:
+        if config[name] != getattr(c, name):
+            raise ValueError(name)
+    check(SimpleNamespace(**vars(c) | {"device": "cpu", "seed": config["seed"]}))
+    ",".join(config.get("attacks", []))         # all are words
 
 
 def restore(run, state):
@@ -551,7 +569,13 @@ def restore(run, state):
             run.noise.copy_(state["noise"])
         for name in PLACE:
             setattr(run, name, state[name])
-    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        for row in run.rows:
+            format_row(row, run.c)
+        sums = [run.loss, run.seconds, *(row["seconds"] for row in run.rows), *(run.best or ())]
+        if not (0 <= run.batch <= run.batches and math.isfinite(sum(sums))
+                and len(run.rows) == run.epoch <= run.epochs):
+            raise ValueError("its numbers do not go together")
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"--resume {run.c.out}: the checkpoint is damaged ({e}); start again with "
                         "another --out") from None
     if run.best is not None:
@@ -851,7 +875,7 @@ def finish(run, data):
                                             ("test", run.epochs))}
     table = {"Best": last, "Last": last}
     if best["epoch"] != run.epochs:
-        run.model.load_state_dict(best["model"])
+        put_weights(run.model, best["model"], out / "best.pt")
         found = evaluate(run.model, *data["test"], c.attacks, c, ("test", best["epoch"]))
         table["Best"] = {"epoch": best["epoch"], **found}
     table["Diff"] = {attack: table["Best"][attack] - last[attack] for attack in c.attacks}

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What stands in a file, in the environment or in a folder and is not what it should be."""
+import io
+import json
+import math
 import os
+import random
 import re
 import shutil
 import threading
@@ -262,3 +266,168 @@ def test_a_run_at_chance_gets_one_hint_that_names_the_warm_up(
     out = capsys.readouterr().out
     assert out.count("hint: after 6 epochs accuracy is still that of chance") == hints
     assert out.count("--eps-warmup") == out.count("--lr") == hints
+
+
+# ---- Mutations -----------------------------------------------------------------------------------
+
+# The chances are seeded.  SSM_ADV_MUTATIONS=25 python -m pytest -q lab/test_faults.py -k damaged_file
+TIMES = int(os.environ.get("SSM_ADV_MUTATIONS", 1))
+OTHERS = (None, True, -1, 0, 1.5, "x", "", [], {}, [1, "x"], {"clean": 1}, math.nan, math.inf,
+          10 ** 30)
+SMALL = "--attacks clean --device cpu --test-size 4".split()
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The folder of a finished run that was evaluated, with the batches of a cut evaluation."""
+    folder = tmp_path_factory.mktemp("mutations") / "run"
+    words = [*TINY, "--epochs", "2", "--method", "standard", "--test-size", "4",
+             "--attacks", "clean"]
+    assert trains(folder, *words) == 0 and train.main(["--resume", str(folder)]) == 0
+    evaluate = ["--evaluate", str(folder / "best.pt"), *SMALL]
+    assert train.main([*evaluate, "--attacks", "clean,fgsm"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **options: None)
+        patch.setattr(train, "write", lambda path, content: None)
+        assert train.main(evaluate) == 0
+    assert len(list(folder.glob("best-*-0.part"))) == 1
+    return folder
+
+
+def places(value, depth=3):
+    """Where something stands in nested dicts and lists: paths of keys."""
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, (list, tuple)):
+        keys = list(range(len(value)))
+    else:
+        return [()]
+    if depth == 0 or not keys:
+        return [()]
+    return [(key, *rest) for key in keys for rest in places(value[key], depth - 1)]
+
+
+def retype(value, chance):
+    """The value with something in it, or all of it, replaced by something of another kind."""
+    *outer, last = chance.choice([("all",), *places(value)])
+    other = chance.choice(OTHERS)
+    if last == "all" or not isinstance(value, (dict, list)):
+        return other
+    place = value
+    for key in outer:
+        place = place[key]
+    try:
+        if chance.random() < 0.2:
+            del place[last]
+        else:
+            place[last] = other
+    except TypeError:                           # a tuple
+        return other
+    return value
+
+
+def retyped(name, whole, chance):
+    """The bytes of a file with one value of another kind."""
+    if name.endswith(".pt"):
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        shallow = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+        file = io.BytesIO()
+        changed = retype(shallow, chance)
+        torch.save(state | changed if isinstance(changed, dict) else changed, file)
+        return file.getvalue()
+    if name.endswith(".json"):
+        return json.dumps(retype(json.loads(whole), chance)).encode()
+    words = whole.split(b",")
+    words[chance.randrange(len(words))] = str(chance.choice(OTHERS)).encode()
+    return b",".join(words)
+
+
+def flipped(whole, chance):
+    damaged = bytearray(whole)
+    damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+    return bytes(damaged)
+
+
+def mutations(name, whole, chance):
+    """(kind, bytes) of a file: None where it is removed, "folder" where a folder stands there.
+
+    Of what is written and never read, the contents are not varied.
+    """
+    yield "removed", None
+    yield "a folder", "folder"
+    yield "empty", b""
+    yield "not UTF-8", whole[:20] + b"\xff\xfe" + whole[20:]
+    yield "foreign", bytes(chance.randrange(256) for _ in range(300))
+    yield "deep", 100_000 * b"["
+    if name in ("config.json", ".lock", "last.pt.part", "log.csv.part"):
+        return
+    for _ in range(6 * TIMES):
+        yield "cut", whole[:chance.randrange(1, max(2, len(whole)))]
+        yield "flipped", flipped(whole or b"\0", chance)
+    for _ in range(20 * TIMES):
+        yield "retyped", retyped(name, whole, chance)
+
+
+def jobs(name, kind, run):
+    """The command lines that meet a file of a run; of one value that is retyped, its reader."""
+    resume = ["--resume", run]
+    evaluate = ["--evaluate", run / "best.pt", *SMALL]
+    found = {"last.pt": [resume, ["--evaluate", run, *SMALL]],
+             "best.pt": [resume, evaluate], "config.json": [resume],
+             "log.csv": [["--plot", run, "--out", run / "figure.png"], resume],
+             "result.json": [["--table", run], resume],
+             "best-evaluation.json": [["--table", run], evaluate]}
+    found = found.get(name, [evaluate] if name.startswith("best-") else [resume])
+    return found[:1] if kind in ("retyped", "cut") else found
+
+
+def put(path, content):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+
+
+def fault(words, run, capsys):
+    """What is wrong with how a command line ends, or None."""
+    before = contents(run)
+    capsys.readouterr()
+    try:
+        code = train.main([str(word) for word in words])
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    err = capsys.readouterr().err
+    if code == 0:
+        return err or None
+    if code != 2 or not err.startswith("train.py: ") or err.count("\n") != 1:
+        return f"exit code {code}: {err}"
+    if contents(run) != before:
+        return f"files were changed: {err}"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", "log.csv", "result.json",
+                                  "best-evaluation.json", "best-*-0.part", "last.pt.part",
+                                  "log.csv.part", ".lock"])
+def test_a_damaged_file_ends_in_success_or_one_sentence_and_nothing_good_is_lost(
+        name, evaluated, capsys, monkeypatch):
+    monkeypatch.setattr("lab.figures.draw_runs", lambda path, logs: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)                     # for speed
+    whole = contents(evaluated)
+    path = next(evaluated.glob(name), evaluated / name)
+    chance = random.Random(name)
+    faults = []
+    for kind, content in mutations(path.name, whole.get(path, b"x"), chance):
+        for words in jobs(path.name, kind, evaluated):
+            put(path, content)
+            wrong = fault(words, evaluated, capsys)
+            if wrong:
+                faults.append(f"{words[0]}, {name} {kind}: {wrong}")
+            now = contents(evaluated)
+            for file in now.keys() | whole.keys():
+                if now.get(file, "none") != whole.get(file, "none"):
+                    put(file, whole.get(file))
+    assert not faults, "\n".join(faults)
