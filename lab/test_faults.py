@@ -270,7 +270,7 @@ def test_a_run_at_chance_gets_one_hint_that_names_the_warm_up(
 
 # ---- Mutations -----------------------------------------------------------------------------------
 
-# The chances are seeded.  SSM_ADV_MUTATIONS=25 python -m pytest -q lab/test_faults.py -k damaged_file
+# Seeded; with SSM_ADV_MUTATIONS=25 there are twenty-five times as many, which takes minutes.
 TIMES = int(os.environ.get("SSM_ADV_MUTATIONS", 1))
 OTHERS = (None, True, -1, 0, 1.5, "x", "", [], {}, [1, "x"], {"clean": 1}, math.nan, math.inf,
           10 ** 30)
