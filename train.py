@@ -532,6 +532,7 @@ def read_checkpoint(path, flag):
         state = torch.load(content, map_location="cpu", weights_only=True)
         check_saved(state["config"])
         if (damaged is None and state["format"] == 1 and state["model"]
+                and {"model", "dataset", "seed"} <= state["config"].keys()
                 and type(state["epoch"]) is int and state["epoch"] >= 0):
             return state
     except Exception:                           # whatever a damaged file does
@@ -541,22 +542,23 @@ def read_checkpoint(path, flag):
 
 
 def check_saved(config):
-    """Raises something unless a checkpoint's settings are what a command line gives."""
+    """Raises something unless a checkpoint's settings could stand on a command line."""
+    ",".join(config["attacks"])                 # all are words; their names are checked with lab/
+    elsewhere = {"attacks", "device", "out", "resume"}
     p = new_parser("")
     defaults = add_flags(p)
-    words = [f"--model={config['model']}", f"--dataset={config['dataset']}"]
-    for name in defaults.keys() & config.keys() - {"attacks", "device", "out", "resume"}:
+    words = []
+    for name in defaults.keys() & config.keys() - elsewhere:
         value = config[name]
         if isinstance(value, list):
             value = ("-" if name == "yopo" else ",").join(str(v) for v in value)
         if value is not None:
             words.append(f"--{name.replace('_', '-')}={value}")
     c = settings(p.given(words), defaults)
-    for name in vars(c).keys() & config.keys() - {"attacks", "device", "out", "resume"}:
+    for name in vars(c).keys() & config.keys() - elsewhere:
         if config[name] != getattr(c, name):
             raise ValueError(name)
-    check(SimpleNamespace(**vars(c) | {"device": "cpu", "seed": config["seed"]}))
-    ",".join(config.get("attacks", []))         # all are words
+    check(SimpleNamespace(**vars(c) | {"device": "cpu"}))
 
 
 def restore(run, state):
