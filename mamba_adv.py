@@ -29,8 +29,11 @@ The whole program is this file and ads.py: copy the two.
 """
 import argparse
 import math
+import os
 import sys
+import warnings
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -311,7 +314,8 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
     ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop silently and report robustness.
+    of a NaN is 0, so the attack would stop silently and report robustness. So would one whose
+    gradient is exactly 0: a warning, once for each model.
     """
     if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
@@ -332,7 +336,17 @@ def ascend(model, loss, x, start, eps, alpha, steps):
             x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     if not finite:
         raise FloatingPointError("the attack met a gradient that is not finite")
+    if eps > 0 and len(step_sizes) > 0 and model not in warned_of:
+        still = float((grad == 0).flatten(1).all(1).float().mean())         # share of the images
+        if still > 0.1:
+            warned_of.add(model)
+            warnings.warn(f"{still:.0%} of the images that were attacked ended at a gradient of "
+                          "exactly 0, which moves nothing and proves no robustness; look for the "
+                          "cause with python train.py --evaluate CKPT --checks", stacklevel=2)
     return x_adv.detach()
+
+
+warned_of = WeakSet()                                                   # models
 
 
 def pgd_at_loss(model, x, y, eps, alpha, steps):
@@ -474,7 +488,8 @@ def once(module, key, make):
 
 def demo(parser, build):
     """PGD-AT on MNIST at eps 0.1 of build(args, ads), without and with AdS; prints a table."""
-    parser.add_argument("--data-dir", default="./data", help="folder that holds MNIST/raw")
+    parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
+                        help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +52,9 @@ SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
 BASELINES = ("cnn", "vit")                      # lab/baselines.py: no state space models
 METHODS = ("standard", "pgd", "trades", "free", "yopo")
+# Flags that belong to some methods or models alone.
+OWNERS = {"steps": ("pgd", "trades"), "beta": ("trades",), "replays": ("free",), "yopo": ("yopo",),
+          "d_hidden": ("attention", "vit")}
 
 # The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours: a
 # minute on a laptop. Whatever the command line leaves out comes from here.
@@ -71,6 +74,7 @@ STATES = {"mamba": 16, "attention": 16}         # d_state, whatever the data set
 HELD_OUT = 1000                                 # training images that choose Best, not trained on
 RUN_FILES = ("last.pt", "best.pt", "config.json", "log.csv", "result.json")
 MAY_CHANGE = ("data_dir", "device", "save_every", "attacks")            # beside --resume
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")   # what it sets
 
 # The other jobs, each a module of lab/ that takes the whole command line.
 JOBS = {"--evaluate": "evaluate", "--analyse": "analyse", "--bench": "bench", "--plot": "figures",
@@ -138,21 +142,28 @@ def load_data(c):
     return {name: (x.to(c.device), y.to(c.device)) for name, (x, y) in sets.items()}
 
 
+def lack_of_torchvision(name, error):
+    return UserError(f"--dataset {name} needs torchvision, which cannot be used here ({error}); "
+                     "install it, or use --dataset synthetic")
+
+
 def torchvision_data(name, root):
-    """Images and labels, training then test, of MNIST or CIFAR-10; downloaded where absent."""
+    """Images and labels, training then test, of MNIST or CIFAR-10. They are unpacked where their
+    archives lie, as torchvision names them, and downloaded where they are absent."""
     try:
         from torchvision.datasets import CIFAR10, MNIST
     except Exception as e:
-        raise UserError(f"--dataset {name} needs torchvision, which cannot be imported here ({e}); "
-                        "install it, or use --dataset synthetic") from e
+        raise lack_of_torchvision(name, e) from e
     kind = {"mnist": MNIST, "cifar10": CIFAR10}[name]
     folder = Path(root) / {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[name]
+    archives = {"mnist": "MNIST/raw/*.gz", "cifar10": "cifar-10-python.tar.gz"}[name]
     n_train = {"mnist": 60_000, "cifar10": 50_000}[name]
     absent = not folder.exists()
     tensors = []
     try:
+        unpack = absent or any(Path(root).glob(archives))
         for first in (True, False):
-            data = kind(root, train=first, download=absent)
+            data = kind(root, train=first, download=unpack)
             tensors += [torch.as_tensor(data.data), torch.as_tensor(data.targets)]
         if [len(v) for v in tensors] != [n_train, n_train, 10_000, 10_000]:
             raise ValueError("another number of images")
@@ -172,41 +183,76 @@ def torchvision_data(name, root):
 def tiny_imagenet(root, n_classes):
     """Images and labels, training then test, of the first n_classes of wnids.txt.
 
+    val is as it was unpacked, or sorted into a folder for each class, with or without images/.
     Training images come in one fixed shuffled order, since the official one goes class by class.
+    UserError where an image is missing, or one too many.
     """
     try:
-        wnids = (root / "wnids.txt").read_text().split()
-        rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
-    except OSError as e:
+        wnids = dict.fromkeys((root / "wnids.txt").read_text().split())
+        wnids = [w for w in wnids if (root / "train" / w).is_dir()]
+        if n_classes > len(wnids):
+            raise UserError(f"--classes {n_classes}: {root} has the images of {len(wnids)} "
+                            f"classes; give at most {len(wnids)}")
+        label = {w: i for i, w in enumerate(wnids[:n_classes])}
+        train = in_class_folders(root / "train", label)
+        test = in_class_folders(root / "val", label)
+        if not test:
+            rows = (root / "val" / "val_annotations.txt").read_text().splitlines()
+            for row in rows:
+                name, w = row.split("\t")[:2]
+                if w in label:
+                    test.append((root / "val" / "images" / name, label[w]))
+    except (OSError, ValueError) as e:
         raise UserError(f"--data-dir {root.parent}: no Tiny-ImageNet there ({e}); unpack the "
                         f"official tiny-imagenet-200.zip so that {root / 'wnids.txt'} exists, "
                         "or use --dataset synthetic") from e
-    wnids = [w for w in wnids if (root / "train" / w / "images").is_dir()]
-    if n_classes > len(wnids):
-        raise UserError(f"--classes {n_classes}: {root} has the images of {len(wnids)} classes; "
-                        f"give at most {len(wnids)}")
-    label = {w: i for i, w in enumerate(wnids[:n_classes])}
-    train, test = [], []
-    for w, i in label.items():
-        train += [(file, i) for file in sorted((root / "train" / w / "images").glob("*.JPEG"))]
-    for row in rows:
-        name, w = row.split("\t")[:2]
-        if w in label:
-            test.append((root / "val" / "images" / name, label[w]))
+    for folder, files, n in (("train", train, 500), ("val", test, 50)):
+        labels = [i for _, i in files]
+        for w, i in label.items():
+            if labels.count(i) != n:
+                raise UserError(f"--data-dir {root.parent}: {root / folder} has "
+                                f"{labels.count(i)} images of the class {w}, and the official "
+                                f"archive {n}; unpack it again")
+    test.sort(key=order_of_val)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return *decode([train[i] for i in order]), *decode(test)
 
 
+def in_class_folders(folder, label):
+    """[(JPEG file, label)] of the classes that have a folder, or images/ in one."""
+    found = []
+    for w, i in label.items():
+        place = folder / w / "images"
+        if not place.is_dir():
+            place = folder / w
+        found += [(file, i) for file in sorted(place.glob("*.JPEG"))]
+    return found
+
+
+def order_of_val(item):
+    """The order of val_annotations.txt: val_2.JPEG before val_10.JPEG."""
+    file, _ = item
+    return len(file.name), file.name
+
+
 def decode(files):
-    """[(JPEG file, label)] -> images uint8 (n, 3, h, w), labels (n,)."""
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    """[(JPEG file, label)] -> images uint8 (n, 3, 64, 64), labels (n,)."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+        torch.ops.image.decode_jpeg                                         # its image extension
+    except Exception as e:
+        raise lack_of_torchvision("tiny-imagenet", e) from e
     images = []
     for file, _ in files:
         try:
-            images.append(decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB))
+            image = decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
+            if image.shape != (3, 64, 64):
+                raise RuntimeError("it has {1} x {2} pixels, not 64 x 64".format(*image.shape))
         except RuntimeError as e:
-            raise UserError(f"--data-dir: the image {file} is missing or damaged ({e}); unpack "
-                            "the official archive again") from e
+            raise UserError(f"--data-dir: the image {file} is missing, damaged or of another size "
+                            f"({str(e).partition(chr(10))[0]}); unpack the official archive "
+                            "again") from e
+        images.append(image)
     return torch.stack(images), torch.tensor([i for _, i in files])
 
 
@@ -400,6 +446,12 @@ def load_model(c, state, path):
 
 def put_weights(model, weights, path):
     try:
+        for prefix in ("module.", "_orig_mod."):
+            if next(iter(weights)).startswith(prefix):
+                raise UserError(f"{path}: the names of its weights begin with '{prefix}', as "
+                                "DataParallel and torch.compile write them; save {name.removeprefix"
+                                f"('{prefix}'): w for name, w in state['model'].items()}} as "
+                                "state['model'] instead")
         model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError) as e:
         raise UserError(f"{path}: the checkpoint does not fit the model that its settings describe "
@@ -417,7 +469,8 @@ def write(path, content):
         torch.save(content, buffer)
         content = buffer.getvalue()
     try:
-        with open(part, "wb") as f:
+        part.unlink(missing_ok=True)            # a link that somebody planted is not followed
+        with open(part, "xb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
@@ -425,8 +478,23 @@ def write(path, content):
     except OSError as e:
         with suppress(OSError):
             part.unlink()
-        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: make "
-                        "room, or choose another folder; a run goes on with --resume") from e
+        raise UserError(f"cannot write {e.filename2 or e.filename or path} ({e.strerror}); what "
+                        "was there before is whole: make room, or choose another folder; a run "
+                        "goes on with --resume") from e
+
+
+def open_to_append(path):
+    """A file that may be there; a link is not followed."""
+    def open_no_link(name, flags):
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return open(path, "a", opener=open_no_link)
+
+
+def probe(folder):
+    """UserError if nothing can be written into a folder: that is said before the work."""
+    path = folder / f".probe-{os.getpid()}"
+    write(path, "")
+    path.unlink()
 
 
 def write_csv(path, rows):
@@ -462,24 +530,47 @@ def read_checkpoint(path, flag):
             raise UserError(f"{flag} {path}: there is no checkpoint in that folder; give another")
         path = path / "last.pt"
     try:
-        with zipfile.ZipFile(path) as file:     # torch.load does not look at the checksums
-            damaged = file.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        config = state["config"]
-        if (damaged is None and state["format"] == 1 and state["epoch"] >= 0 and state["model"]
-                and config["model"] in (*SCRIPTS, *BASELINES) and config["dataset"] in PRESETS
-                and "seed" in config):
-            return state
-    except FileNotFoundError:
-        raise UserError(f"{flag} {path}: there is no such file; give one of a run's checkpoints, "
-                        "last.pt or best.pt") from None
+        if not path.is_file():
+            raise UserError(f"{flag} {path}: there is no such file; give one of a run's "
+                            "checkpoints, last.pt or best.pt")
+        content = io.BytesIO(path.read_bytes())
     except OSError as e:
         raise UserError(f"{flag} {path}: cannot be read ({e.strerror}); see to its access rights, "
                         "or copy it") from None
+    try:
+        with zipfile.ZipFile(content) as file:  # torch.load does not look at the checksums
+            damaged = file.testzip()
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        check_saved(state["config"])
+        if (damaged is None and state["format"] == 1 and state["model"]
+                and {"model", "dataset", "seed"} <= state["config"].keys()
+                and type(state["epoch"]) is int and state["epoch"] >= 0):
+            return state
     except Exception:                           # whatever a damaged file does
         pass
     raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program; give "
                     "another, or train anew with another --out")
+
+
+def check_saved(config):
+    """Raises something unless a checkpoint's settings could stand on a command line."""
+    ",".join(config["attacks"])                 # all are words; their names are checked with lab/
+    elsewhere = {"attacks", "device", "out", "resume"}
+    p = new_parser("")
+    defaults = add_flags(p)
+    words = []
+    for name in defaults.keys() & config.keys() - elsewhere:
+        value = config[name]
+        if isinstance(value, list):
+            value = ("-" if name == "yopo" else ",").join(str(v) for v in value)
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    c = settings(p.given(words), defaults)
+    for name in vars(c).keys() & config.keys() - elsewhere:
+        if config[name] != getattr(c, name):
+            raise ValueError(name)
+    check(SimpleNamespace(**vars(c) | {"device": "cpu"}))
 
 
 def restore(run, state):
@@ -492,7 +583,13 @@ def restore(run, state):
             run.noise.copy_(state["noise"])
         for name in PLACE:
             setattr(run, name, state[name])
-    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        for row in run.rows:
+            format_row(row, run.c)
+        sums = [run.loss, run.seconds, *(row["seconds"] for row in run.rows), *(run.best or ())]
+        if not (0 <= run.batch <= run.batches and math.isfinite(sum(sums))
+                and len(run.rows) == run.epoch <= run.epochs):
+            raise ValueError("its numbers do not go together")
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"--resume {run.c.out}: the checkpoint is damaged ({e}); start again with "
                         "another --out") from None
     if run.best is not None:
@@ -654,8 +751,14 @@ def stop_at_signal(run):
         if not run.busy:                                                # measuring: nothing to lose
             raise KeyboardInterrupt
         run.asked = True
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
+    at_signals(note, note)
+
+
+def at_signals(interrupt, terminate):
+    """Sets what SIGINT and SIGTERM do; a thread other than the main one may not, and does not."""
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def train_model(c, data, state=None):
@@ -689,6 +792,7 @@ def train_model(c, data, state=None):
         if on_terminal():
             say("\r\033[K", end="")
         say(format_row(row, c))
+        hint(run)
     finish(run, data)
 
 
@@ -735,6 +839,16 @@ def keep_best(run, row):
                                             "model": run.model.state_dict()})
 
 
+def hint(run):
+    """Says, once, that the first three epochs that were measured have not led above chance."""
+    found = [row[f"{run.c.select}_clean"] for row in run.rows]
+    known = [accuracy for accuracy in found if accuracy is not None]
+    third = len(known) == 3 and found[-1] is not None
+    if third and max(known) < 1.5 / run.c.classes and run.epoch < run.epochs:
+        say(f"hint: after {run.epoch} epochs accuracy is still that of chance; if it stays there, "
+            "train anew with --eps-warmup, which begins with small eps, or another --lr")
+
+
 def write_log(run):
     """log.csv, written anew from the checkpoint's rows: what a crash did to it is mended."""
     if rank() == 0 and run.rows:
@@ -779,7 +893,7 @@ def finish(run, data):
                                             ("test", run.epochs))}
     table = {"Best": last, "Last": last}
     if best["epoch"] != run.epochs:
-        run.model.load_state_dict(best["model"])
+        put_weights(run.model, best["model"], out / "best.pt")
         found = evaluate(run.model, *data["test"], c.attacks, c, ("test", best["epoch"]))
         table["Best"] = {"epoch": best["epoch"], **found}
     table["Diff"] = {attack: table["Best"][attack] - last[attack] for attack in c.attacks}
@@ -966,7 +1080,13 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, words):
         """{flag: value} of the command line."""
-        found = vars(self.parse_args(words))
+        joined = []                             # what begins like -1/255 is a value, and no flag
+        for word in words:
+            if joined and joined[-1].startswith("--") and re.match(r"-[\d.]", word):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        found = vars(self.parse_args(joined))
         for name, value in found.items():
             if value == "":
                 self.error(f"--{name.replace('_', '-')} is empty; give a value, or leave it out")
@@ -1001,8 +1121,8 @@ def add_flags(p, only=None):
     flag("--control", str, None, "what stands in the place of AdS for comparison; scale, shift: "
          "half of ReLU-AdS", "nothing", choices=CONTROLS)
     flag("--dataset", str, "cifar10", "images", choices=tuple(PRESETS))
-    flag("--data-dir", str, "./data", "torchvision's layout; downloaded where absent",
-         metavar="DIR")
+    flag("--data-dir", os.path.expanduser, "./data", "torchvision's layout; downloaded where "
+         "absent", metavar="DIR")
     flag("--classes", int, BY_DATA, "Tiny-ImageNet: the first N of wnids.txt", "50", metavar="N")
     flag("--method", str, "pgd", "training method", choices=METHODS)
     flag("--eps --epsilon", fraction, BY_DATA, "radius eps of the l_inf ball, pixel units in "
@@ -1089,8 +1209,8 @@ def check(c):
         if size is not None and not 1 <= size < 2 ** 31:
             refuse(name, "it must be at least 1" if size < 1 else "it is too large")
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
-        if not 0 <= getattr(c, name) < math.inf:
-            refuse(name, "it must be a number of at least 0")
+        if not 0 <= getattr(c, name) < 2 ** 31:
+            refuse(name, "it must be a number of at least 0, below 2^31")
     in_the_box = "it must lie in [0, 1], pixel units; 8/255, not 8"
     h, w = c.shape[1:]
     for name, good, why in (
@@ -1101,7 +1221,7 @@ def check(c):
             ("alphas", not c.alphas or c.method in ("pgd", "trades") and len(c.alphas) == c.steps,
              f"give one for each of the {c.steps} --steps, with --method pgd or trades"),
             ("lr", 0 < c.lr < 1e30, "it must be a number above 0, below 1e30"),
-            ("yopo", min(c.yopo) >= 1, "both numbers must be at least 1, as in 5-3"),
+            ("yopo", all(1 <= n < 2 ** 31 for n in c.yopo), "give numbers from 1 on, as in 5-3"),
             ("control", not (c.ads and c.control),
              f"it stands in the place of --ads {c.ads}; give one of them"),
             ("model", c.model not in BASELINES or not (c.ads or c.control),
@@ -1123,6 +1243,19 @@ def check(c):
     for spec in c.attacks:
         attacks_of(spec, c)
     check_device(c)
+
+
+def refuse_idle(c, given):
+    """UserError for a given flag without effect, and for an attack in training that is none."""
+    for name, owners in OWNERS.items():
+        if name in given and not {c.method, c.model} & set(owners):
+            kind = "model" if name == "d_hidden" else "method"
+            raise UserError(f"--{name.replace('_', '-')} has an effect with --{kind} "
+                            f"{' or '.join(owners)} alone, and this is {getattr(c, kind)}; "
+                            "leave it out")
+    if c.method in OWNERS["steps"] and c.steps == 0:
+        raise UserError(f"--steps 0: --method {c.method} would train on noise, not on an attack; "
+                        "use --method standard")
 
 
 def check_device(c):
@@ -1194,23 +1327,35 @@ def refuse_old_run(out):
                             "or choose another --out")
 
 
+@contextmanager
 def lock(out):
-    """The run's folder, for this process alone: the lock goes when the process does."""
+    """Within it the folder is this process's alone. Afterwards the lock is gone, and so are the
+    folders that were made for it, where nothing has come into them."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = open(out / ".lock", "a")
+        held = open_to_append(out / ".lock")
     except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
-                        "--out") from e
-    try:
-        import fcntl
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                                     # not on Windows
-        pass
-    except OSError:
-        raise UserError(f"--out {out}: another process is training there; wait for it, or choose "
-                        "another --out") from None
-    return held
+        raise UserError(f"--out {out}: {e.filename} cannot be written ({e.strerror}); choose "
+                        "another --out") from e
+    with held:
+        try:
+            import fcntl
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(held.fileno()).st_nlink == 0:
+                raise BlockingIOError                                       # given back just now
+        except ImportError:                                                 # not on Windows
+            pass
+        except OSError:
+            raise UserError(f"--out {out}: another process is training there; wait for it, or "
+                            "choose another --out") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (out / ".lock").unlink()
+                for folder in made:
+                    folder.rmdir()
 
 
 def run_from(words):
@@ -1228,24 +1373,35 @@ def run_from(words):
     else:
         refuse_old_run(Path(c.out))
     check(c)
+    refuse_idle(c, given)
     data = load_data(c)                         # before anything is written
-    held = None
-    if rank() == 0:
-        held = lock(Path(c.out))
-        if state is None:
+    with lock(Path(c.out)) if rank() == 0 else nullcontext():
+        if rank() == 0 and state is None:
             refuse_old_run(Path(c.out))         # of one that was faster
+        try:
+            train_model(c, data, state)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(c.out)}"
+                                    ) from None
+
+
+def join_processes():
+    """Joins the other processes, if torchrun has started this one.  UserError where what it sets
+    is there in part, as under srun and mpirun: each process would train alone."""
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return
+    if missing:
+        raise UserError(f"the environment has RANK or WORLD_SIZE, but no {missing[0]}; start the "
+                        f"processes by torchrun, which sets {', '.join(TORCHRUN)}, or set none")
+    gpu = torch.cuda.is_available()
     try:
-        train_model(c, data, state)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(c.out)}"
-                                ) from None
-    finally:
-        if held:
-            held.close()
-
-
-def by_torchrun():
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} <= os.environ.keys()
+        dist.init_process_group("nccl" if gpu else "gloo")
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"{', '.join(TORCHRUN)}: the processes do not come together "
+                        f"({str(e).partition(chr(10))[0]}); start them by torchrun") from e
 
 
 def complain(words, alone=False):
@@ -1256,26 +1412,31 @@ def complain(words, alone=False):
     return 2
 
 
+def lacks_memory(error):
+    """Is it that memory does not suffice? PyTorch's CPU allocator and CUDA's libraries have no
+    exception of their own for it."""
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
+             "Storage size calculation overflowed")
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(sign in str(error) for sign in signs))
+
+
 def main(argv=None):
     """A training run, or the job whose word stands on the command line. Returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     asked = next((word for word in words if word.partition("=")[0] in JOBS), None)
+    helps = {"-h", "--help"} & set(words)
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):               # any name is printable
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        if by_torchrun():
-            gpu = torch.cuda.is_available()
-            dist.init_process_group("nccl" if gpu else "gloo")
-            if gpu:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not helps:
+            join_processes()
         # Products and convolutions in full float32 on a GPU, too.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if asked:
             job = asked.partition("=")[0]
-            if {"-h", "--help"} & set(words):
-                words = ["--help"]
-            return laboratory(JOBS[job], job).main(words) or 0
+            return laboratory(JOBS[job], job).main(["--help"] if helps else words) or 0
         run_from(words)
     except (UserError, FloatingPointError) as e:
         return complain(e)
@@ -1288,14 +1449,13 @@ def main(argv=None):
         return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another path; a "
                         "run goes on with --resume")
     except (MemoryError, RuntimeError) as e:
-        why = str(e).partition("\n")[0]
-        if isinstance(e, RuntimeError) and "memory" not in why:
+        if not lacks_memory(e):
             raise
+        why = str(e).partition("\n")[0]
         return complain(f"memory does not suffice ({why}); try a smaller --micro-batch, "
                         "--batch-size or model", alone=True)
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        at_signals(signal.default_int_handler, signal.SIG_DFL)
         # gloo's processes may wait for a peer that has left: see `leave`.
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
@@ -1305,7 +1465,7 @@ def main(argv=None):
 def leave(code):
     """Ends the program; a process of torchrun's at once: if a thread of gloo's frees a tensor while
     Python shuts down, it aborts what was complete (pytorch/pytorch, 179291)."""
-    if by_torchrun():
+    if "LOCAL_RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -319,6 +319,7 @@ def main(words):
             for name, (x, y) in train.load_data(c).items()}
     sizes = {name: len(y) for name, (_, y) in sets.items()}
     stem.parent.mkdir(parents=True, exist_ok=True)
+    train.probe(stem.parent)
     seed = state["config"]["seed"] if state else c.seed
     start = train.build(SimpleNamespace(**vars(c) | {"seed": seed})).double()
     models = {"test": start, "train": start}

@@ -333,10 +333,10 @@ def settings(words):
     if not on_gpu(c):
         c.batch_size = given.get("batch_size", 16)
     train.check(c)
-    if c.bench < 1:
-        raise train.UserError(f"--bench {c.bench}: it must be at least 1")
-    if min(c.lengths or [1]) < 1:
-        raise train.UserError(f"--lengths {c.lengths}: each must be at least 1")
+    if not 1 <= c.bench < 2 ** 31:
+        raise train.UserError(f"--bench {c.bench}: it must be at least 1, below 2^31")
+    if not all(1 <= L < 2 ** 31 for L in c.lengths or ()):
+        raise train.UserError(f"--lengths {c.lengths}: each must be at least 1, below 2^31")
     if torch.device(c.device).type not in ("cpu", "cuda") or train.world() > 1:
         raise train.UserError(f"--bench {c.bench}: it runs on cpu or cuda, in one process; leave "
                               "out torchrun and another --device")

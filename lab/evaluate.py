@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import time
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -48,6 +47,7 @@ def main(words):
     report = "evaluation" if c.attacks else "-".join(asked).replace("_", "-")
     file = stem.with_name(f"{stem.name}-{report}.json")
     before = read_report(file, weights)         # a damaged one is refused before the work
+    train.probe(stem.parent)
     images, labels = train.load_data(c)["test"]
     kept = Kept(stem, images, labels, weights, c)
     train.say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {train.show(c.eps)}, "
@@ -98,8 +98,10 @@ Beside one of the last five flags --attacks is none unless given."""
     if "attacks" not in given and any(getattr(c, name) for name in MORE):
         c.attacks = []
     specs = [spec for spec in c.attacks if spec != "pgd-official"]
-    specs += [f"pgd-{steps}" for steps in c.steps_sweep or ()]
     train.check(SimpleNamespace(**vars(c) | {"attacks": specs}))
+    for steps in c.steps_sweep or ():
+        if steps >= 10 ** 6:
+            raise train.UserError(f"--steps-sweep {steps}: an attack has fewer than 10^6 steps")
     for eps in c.eps_sweep or ():
         if not 0 <= eps <= 1:
             raise train.UserError(f"--eps-sweep {train.show(eps)}: radii must lie in [0, 1], pixel "
@@ -315,13 +317,13 @@ class Kept:
         self.path = stem.with_name(f"{stem.name}-{what}-{train.rank()}.part")
         self.batches = {}
         self.seconds = 0.0
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
-            # What is no whole record is half a line, where the cut was, or somebody else's.
-            with suppress(ValueError, KeyError, TypeError, RuntimeError, OverflowError):
-                batch = json.loads(line)
-                right = torch.tensor(batch["right"]) == 1
-                if right.dim() == 2:
-                    self.batches[batch["key"]] = right, float(batch["seconds"])
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
+            # What has another sum is half a line, where the cut was, or damaged.
+            checksum, _, record = line.partition(" ")
+            if checksum == digest(record):
+                batch = json.loads(record)
+                self.batches[batch["key"]] = torch.tensor(batch["right"]) == 1, batch["seconds"]
 
     def __contains__(self, key):
         self.asked = time.monotonic()
@@ -336,10 +338,10 @@ class Kept:
         """A batch that was measured since it was asked for."""
         seconds = time.monotonic() - self.asked
         self.batches[key] = right, seconds
-        batch = {"key": key, "right": right.int().tolist(), "seconds": seconds}
+        record = json.dumps({"key": key, "right": right.int().tolist(), "seconds": seconds})
         try:
-            with open(self.path, "a") as f:
-                f.write("\n" + json.dumps(batch))
+            with train.open_to_append(self.path) as f:
+                f.write(f"\n{digest(record)} {record}")
         except OSError as e:
             raise train.UserError(f"cannot write {self.path} ({e.strerror}); copy the checkpoint "
                                   "to a folder with room, and evaluate it there") from e

@@ -19,10 +19,9 @@ from types import SimpleNamespace
 import train
 from lab.evaluate import mcnemar, paired_interval, survivors_of
 
-# Settings that keep runs apart though no column shows them; those of one method or model alone.
+# Settings that keep runs apart though no column shows them, beside those of train.OWNERS.
 SETTINGS = ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
             "eps_warmup", "precision", "classes", "alphas")
-OWN_SETTINGS = {"beta": "trades", "replays": "free", "yopo": "yopo", "d_hidden": "attention"}
 LATER = ("pgd-official", "aa")          # attacks that --evaluate may have added to a finished run
 WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -80,8 +79,9 @@ def read_run(folder):
                           "steps": c.steps, "width": c.d_model, "epochs": c.epochs,
                           "n train": run["n_train"], "n test": run["n_test"]}
         run["settings"] = {flag: str(vars(c).get(flag)) for flag in SETTINGS}
-        for flag, owner in OWN_SETTINGS.items():
-            run["settings"][flag] = str(vars(c).get(flag)) if owner in (c.method, c.model) else ""
+        for flag, owners in train.OWNERS.items():
+            owned = {c.method, c.model} & set(owners)
+            run["settings"][flag] = str(vars(c).get(flag)) if owned else ""
     except WRONG:
         raise train.UserError(f"--table {folder}: there is no result.json of a finished run; let "
                               "the run end, or leave it out") from None

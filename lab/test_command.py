@@ -141,11 +141,13 @@ def test_a_defect_is_not_called_a_lack_of_memory(tmp_path, monkeypatch):
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):
-    held = train.lock(tmp_path)
-    with pytest.raises(train.UserError, match="another process is training there"):
-        train.lock(tmp_path)
-    held.close()
-    train.lock(tmp_path).close()
+    with train.lock(tmp_path):
+        with pytest.raises(train.UserError, match="another process is training there"):
+            with train.lock(tmp_path):
+                pass
+    with train.lock(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_states_every_flag_with_its_default_and_names_the_jobs(capsys):

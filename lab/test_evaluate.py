@@ -440,6 +440,7 @@ def test_lines_that_are_no_whole_batch_are_ignored(tmp_path):
     kept["a"] = torch.tensor([[True]])
     line = kept.path.read_bytes().strip()
     foreign = [line[:at] for at in range(len(line))]
+    foreign += [line.replace(b'"a"', b'"x"'), line.replace(b"[[1]]", b"[[0]]")]    # a bit flipped
     foreign += [b"7", b"null", b'"text"', b"[1, 2]", b"{}", b"\xff", 100_000 * b"[",
                 b'{"key": "x", "right": 1, "seconds": 1}',
                 b'{"key": "x", "right": [[1]]}', b'{"key": "x", "right": [["1"]], "seconds": 1}',

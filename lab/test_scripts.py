@@ -6,8 +6,11 @@ The mathematics is tested in test_all.py, whose helpers serve here, too.
 import ast
 import copy
 import functools
+import io
 import re
 import sys
+import tokenize
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +40,34 @@ def test_a_file_has_its_licence_and_lines_of_100_columns(file):
     assert text.startswith("# SPDX-License-Identifier: MIT\n")
     assert [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100] == []
     assert re.findall("@[A-Z]+@", text) == []                           # a number still to fill in
+
+
+def check_grammar(text, version):
+    """SyntaxError if a Python of that version, (3, minor), cannot compile the text."""
+    ast.parse(text, feature_version=version)
+    # From 3.12 on ast takes an f-string within whose braces its own quote comes again.
+    quotes = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        quote = token.string.lstrip("rRbBuUfF")
+        if kind in ("STRING", "FSTRING_START") and any(quote.startswith(q) for q in quotes):
+            raise SyntaxError(f"line {token.start[0]}: an f-string's own quote within it")
+        if kind == "FSTRING_START":
+            quotes.append(quote)
+        if kind == "FSTRING_END":
+            quotes.pop()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_has_the_grammar_of_the_oldest_python_that_the_readme_names(file):
+    minor = re.search(r"Python >= 3\.(\d+)", (HERE / "README.md").read_text(encoding="utf-8"))[1]
+    check_grammar((HERE / file).read_text(encoding="utf-8"), (3, int(minor)))
+
+
+@pytest.mark.parametrize("text", ["type X = int", "def f[T](x): return x", "f'{x['a']}'"])
+def test_newer_grammar_is_seen(text):
+    with pytest.raises(SyntaxError):
+        check_grammar(text + "\n", (3, 11))
 
 
 @pytest.mark.parametrize("file", ["ads.py", "s4_adv.py", "mamba_adv.py", "attention_adv.py"])
@@ -237,6 +268,29 @@ def test_an_image_that_is_not_a_number_is_refused(script):
     x, y = images()
     with pytest.raises(ValueError, match="images must lie in"):
         script.pgd(linear(3), x.masked_fill(x == 1, float("nan")), y, EPS, ALPHA, 2)
+
+
+def test_a_gradient_of_exactly_0_is_told_once_with_its_share_and_an_attack_that_moves_is_not(
+        script, attack):
+    x, y = images(10)
+    dead = Spy(lambda x: x.flatten(1)[:, :3] * (x[:, 0, 0, :1] > 2))    # for every image
+
+    def saturated(x):
+        """The first half of the images has logits so large that the softmax loses them."""
+        large = 1 + 1e5 * (torch.arange(len(x)) < len(x) // 2)
+        return large[:, None].to(x) * (2 * F.one_hot(y, 3) + 0.1 * x.flatten(1)[:, :3])
+    for net, share in ((dead, "100%"), (Spy(saturated), "50%"), (Spy(smooth()), None)):
+        for eps in (0.0, EPS, EPS):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                run(script, attack, net, x, y, eps=eps)
+            if share and eps:
+                (warning,) = told
+                assert f"{share} of the images" in str(warning.message)
+                assert "--checks" in str(warning.message)
+                share = None
+            else:
+                assert not told, told[0].message
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", "kl_pgd"])

@@ -79,7 +79,7 @@ def test_alphas_are_the_steps_of_the_attack_in_training_and_grow_with_the_warm_u
     seen, real = [], train.backward
     monkeypatch.setattr(train, "backward", lambda run, x, y, eps, alpha: seen.append(
         alpha) or real(run, x, y, eps, alpha))
-    words = "--epochs 2 --eps-warmup 1 --eps 0.4 --alphas 0.2,0.1 --alpha 0.3".split()
+    words = "--epochs 2 --eps-warmup 1 --eps 0.4 --alphas 0.2,0.1 --steps 2 --alpha 0.3".split()
     assert trains(tmp_path / "run", *TINY, *words) == 0
     close(seen, [[0, 0], [0.1, 0.05], [0.2, 0.1], [0.2, 0.1]])
 
