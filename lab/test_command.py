@@ -175,9 +175,11 @@ def test_without_lab_a_job_is_refused_and_training_is_not(tmp_path):
     words = [sys.executable, "train.py"]
     tiny = [*TINY, "--train-size", "16", "--dataset", "synthetic", "--device", "cpu"]
     for job in (*([job, "x"] for job in train.JOBS), [*tiny, "--attacks", "clean,aa"],
-                [*tiny, "--model", "cnn"]):
+                [*tiny, "--model", "cnn"],
+                [*tiny, "--dataset", "tiny-imagenet", "--patch-size", "16"]):
         done = subprocess.run(words + job, cwd=tmp_path, text=True, capture_output=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert re.search(r"(--\w+|--attacks aa|--model cnn) needs the folder lab/", done.stderr)
+        assert re.search(r"--(\w+|attacks aa|model cnn|dataset tiny-imagenet) needs the folder lab/",
+                         done.stderr)
     done = subprocess.run(words + tiny, cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0 and "Best (epoch 1)" in done.stdout, done.stderr

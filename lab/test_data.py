@@ -10,6 +10,7 @@ import torch
 
 import s4_adv
 import train
+from lab.tiny_imagenet import load as load_tiny_imagenet
 from test_all import DATA, needs, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
@@ -63,7 +64,7 @@ def test_val_that_was_sorted_into_folders_of_classes_has_the_same_images_in_the_
     (val / "images").rmdir()
     if not annotations_stay:
         (val / "val_annotations.txt").unlink()
-    expected, found = (train.tiny_imagenet(folder, 2) for folder in (whole, tiny_imagenet))
+    expected, found = (load_tiny_imagenet(folder, 2) for folder in (whole, tiny_imagenet))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert found[3].tolist() == 50 * [0, 1]
 
@@ -161,7 +162,7 @@ def test_without_a_decoder_tiny_imagenet_is_not_called_damaged(lacks, whole, mon
             pass
         monkeypatch.setattr(torch.ops, "image", Empty(), raising=False)
     with pytest.raises(train.UserError, match="^--dataset tiny-imagenet needs torchvision, which"):
-        train.tiny_imagenet(whole, 2)
+        load_tiny_imagenet(whole, 2)
 
 
 # ---- MNIST and CIFAR-10 --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import nn
 
 import mamba_adv
 import train
+from lab.tiny_imagenet import load as load_tiny_imagenet
 from test_all import (ALPHA, DATA, EPS, HERE, MODELS, TINY, close, images, log, name, needs, seeded,
                       settings, tiny, tiny_model, trains, weights)
 
@@ -29,7 +30,7 @@ def tiny_settings(*words):
 @needs("tiny-imagenet-200")
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 def test_tiny_imagenet_is_decoded_shuffled_and_in_colour():
-    x, y, x_test, y_test = train.tiny_imagenet(DATA / "tiny-imagenet-200", 2)
+    x, y, x_test, y_test = load_tiny_imagenet(DATA / "tiny-imagenet-200", 2)
     assert x.shape == (1000, 3, 64, 64) and x_test.shape == (100, 3, 64, 64)
     assert x.dtype == torch.uint8 and torch.bincount(y).tolist() == [500, 500]
     assert torch.bincount(y_test).tolist() == [50, 50]
@@ -39,7 +40,7 @@ def test_tiny_imagenet_is_decoded_shuffled_and_in_colour():
 def test_too_few_training_images_to_hold_some_out_are_refused(monkeypatch):
     few = torch.zeros(1000, 3, 64, 64, dtype=torch.uint8), torch.zeros(1000, dtype=torch.long)
     monkeypatch.setattr(train, "HELD_OUT", 1000)
-    monkeypatch.setattr(train, "tiny_imagenet", lambda *args: (*few, *few))
+    monkeypatch.setattr("lab.tiny_imagenet.load", lambda *args: (*few, *few))
     with pytest.raises(train.UserError, match="--classes 2: they have 1,000 training images, and"):
         train.load_data(settings("--dataset", "tiny-imagenet", "--classes", "2"))
 
