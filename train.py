@@ -379,11 +379,17 @@ def build(c):
     return model.to(c.device)
 
 
-def load_model(c, state, path):
-    """The model of a checkpoint's state, on c.device.  UserError if the weights are of another."""
-    model = build(SimpleNamespace(**vars(c) | state["config"] | {"device": c.device}))
+def load(path):
+    """The trained model in best.pt or last.pt, for other programs; in eval mode, on the CPU.
+    Images (B, C, h, w) in [0, 1] -> logits.  UserError where there is none."""
+    return load_model(read_checkpoint(path, "train.load"), path)
+
+
+def load_model(state, path, device="cpu"):
+    """The model of a checkpoint's state.  UserError if the weights are of another."""
+    model = build(SimpleNamespace(**state["config"] | {"device": device}))
     put_weights(model, state["model"], path)
-    return model
+    return model.eval()
 
 
 def put_weights(model, weights, path):

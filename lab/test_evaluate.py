@@ -150,7 +150,7 @@ def test_the_interval_is_wilsons():
 def test_a_row_says_which_images_survive(trained, monkeypatch):
     assert evaluates(trained[0], "--attacks", "clean,pgd-2", size="19") == 0
     c, state = evaluate.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
-    c.test_size, model = 19, train.load_model(c, state, "")
+    c.test_size, model = 19, train.load_model(state, "")
     x, y = train.load_data(c)["test"]
     with torch.no_grad():
         right = (model(x / 255).argmax(1) == y).tolist()
@@ -374,7 +374,7 @@ def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeyp
     assert [r["attack"] for r in rows] == ["fgsm", "square", "transfer: pgd-10", "transfer: fgsm"]
     assert attacked and set(attacked) == {mamba_adv.Classifier} and len(calls) == 4 * 3
     c, state = evaluate.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
-    c.test_size, model = 20, train.load_model(c, state, "")
+    c.test_size, model = 20, train.load_model(state, "")
     x, y = train.load_data(c)["test"]
     with torch.no_grad():
         both = (model(x / 255).argmax(1) == y) & (model(0 * x / 255).argmax(1) == y)

@@ -217,7 +217,7 @@ def test_sweeps_and_images_are_drawn_and_without_matplotlib_the_tables_still_com
     c = train.restored(c, {}, state, run, ())
     x, y = (v[:8] for v in train.load_data(c)["test"])
     with torch.no_grad():
-        clean = train.load_model(c, state, run)(x / 255).argmax(1)
+        clean = train.load(run / "best.pt")(x / 255).argmax(1)
     seen = [line.split() for line in out.split("perturbation x 15.9 + 0.5")[1].splitlines()[1:9]]
     assert [row[:3] for row in seen] == [
         [str(v) for v in row] for row in zip(range(8), y.tolist(), clean.tolist())]
