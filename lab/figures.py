@@ -28,27 +28,24 @@ LEADER = dict(arrowstyle="-", color="0.6", lw=0.5, relpos=(0, 0.5), shrinkA=1, s
 
 
 def main(words):
-    p = train.new_parser("Draw the accuracies of runs over epochs, or the change rates of models.")
+    p = train.new_parser("Draw accuracies of runs, or the change rates of models.")
     p.add_argument("--plot", nargs="+", metavar="RUN", required=True,
                    help="folders of runs, or the .json files that --analyse left")
     p.add_argument("--attacks", nargs="?", type=train.comma_list, const=GROWING, metavar="A,A",
-                   help="of best.pt under attacks that --evaluate measured; without a word "
-                   f"{','.join(GROWING)} (default: over epochs)")
+                   help="draw best.pt under attacks that --evaluate measured, in this order; "
+                   f"without a word {','.join(GROWING)} (default: accuracies over epochs)")
     p.add_argument("--out", metavar="FILE.png", help="the figure (default: "
                    "robust-overfitting.png, attacks.png or analyses.png)")
     given = p.given(words)
-    attacks, names = given.get("attacks"), given["plot"]
-    kind = "robust-overfitting"
-    if attacks:
-        kind = "attacks"
-    elif all(name.endswith(".json") for name in names):
-        kind = "analyses"
+    names = given["plot"]
+    analyses = all(name.endswith(".json") for name in names)
+    kind = "attacks" if "attacks" in given else "analyses" if analyses else "robust-overfitting"
     out = Path(given.get("out", f"{kind}.png"))
     if out.suffix != ".png":
         raise train.UserError(f"--out {out}: a figure is a PNG file; give a name that ends in .png")
     if kind == "attacks":
         from lab import attack_figure           # which imports this file
-        attack_figure.draw_attacks(out, names, attacks)
+        attack_figure.draw_attacks(out, names, given["attacks"])
     elif kind == "analyses":
         draw_changes(out, [row for file in names for row in read_analysis(file)])
     else:

@@ -113,8 +113,8 @@ def read_evaluation(run):
                 check([fmean(survived) - row["accuracy"]], -1e-6, 1e-6)
                 run["outcomes"][row["attack"], row["n"], run["settings"]["classes"]] = survived
     except WRONG:
-        raise train.UserError(f"{run['flag']} {run['folder']}: its best-evaluation.json is damaged; "
-                              "evaluate best.pt again, or remove the file") from None
+        raise train.UserError(f"{run['flag']} {run['folder']}: its best-evaluation.json is "
+                              "damaged; evaluate best.pt again, or remove the file") from None
 
 
 def find_row(run, attack):
@@ -145,8 +145,8 @@ def group(runs):
         line = lines.setdefault((*run["columns"].items(), *run["settings"].items()), [])
         for other in line:
             if other["seed"] == run["seed"]:
-                raise train.UserError(f"{run['flag']} {run['folder']}: {other['folder']} has the same "
-                                      "settings and seed; give one of them")
+                raise train.UserError(f"{run['flag']} {run['folder']}: {other['folder']} has the "
+                                      "same settings and seed; give one of them")
         line.append(run)
     return list(lines.values())
 

@@ -184,7 +184,8 @@ def test_each_data_set_and_radius_has_a_panel_that_says_how_many_images(
     shown = texts(monkeypatch)
     rows = {"clean": {20: 80}, "aa": {20: 10}}
     more = {"clean": {200: 80}, "aa": {200: 10}}
-    runs = [evaluated(tmp_path / "a", trained[0], rows), evaluated(tmp_path / "b", trained[1], more),
+    runs = [evaluated(tmp_path / "a", trained[0], rows),
+            evaluated(tmp_path / "b", trained[1], more),
             evaluated(tmp_path / "c", trained[0], rows, eps=0.3)]
     assert plots_attacks(*runs, out=tmp_path / "a.png", attacks="clean,aa") == 0
     titles = list(dict.fromkeys(text for text in shown if text.startswith("synthetic")))
