@@ -348,8 +348,8 @@ def test_what_is_not_given_is_the_checkpoint_s_but_for_the_number_of_images(trai
 
 
 @pytest.mark.parametrize("words, alpha", [
-    (("--eps", "64/255"), 16), (("--eps", "64/255", "--alpha", "1/255"), 1),
-    (("--alpha", "1/255"), 1), ((), 2)])
+    (("--eps", "64/255"), 24), (("--eps", "64/255", "--alpha", "1/255"), 1),
+    (("--alpha", "1/255"), 1), ((), 3)])
 def test_eps_alone_takes_the_step_along(words, alpha, trained):
     c, _ = evaluate.settings(["--evaluate", str(trained[0]), "--device", "cpu", *words])
     assert math.isclose(255 * c.alpha, alpha)
