@@ -324,7 +324,7 @@ def main(words):
     start = train.build(SimpleNamespace(**vars(c) | {"seed": seed})).double()
     models = {"test": start, "train": start}
     if state:
-        trained = train.load_model(c, state, c.analyse).double()
+        trained = train.load_model(state, c.analyse, c.device).double()
         models = {"start": start, "test": trained, "train": trained}
     n = " and ".join(dict.fromkeys([str(sizes["test"]), str(sizes["train"])]))
     train.say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {n} "

@@ -38,7 +38,7 @@ UPPER_BOUND = "Square improved on the white-box attacks: this AutoAttack accurac
 def main(words):
     """The job: exit code 1 if a check fails, else 0."""
     c, state = settings(words)
-    model = train.load_model(c, state, c.evaluate)
+    model = train.load_model(state, c.evaluate, c.device)
     source = load_source(c) if c.transfer_from else None
     weights = digest(*state["model"].values())
     path = Path(c.evaluate)
@@ -120,7 +120,7 @@ def load_source(c):
             raise train.UserError(f"--transfer-from {c.transfer_from}: its {key} is "
                                   f"{state['config'][key]}, and that of {c.evaluate} "
                                   f"{getattr(c, key)}; give a model of the same images")
-    return train.load_model(c, state, c.transfer_from)
+    return train.load_model(state, c.transfer_from, c.device)
 
 
 # ---- Attacks, and what they leave ----------------------------------------------------------------

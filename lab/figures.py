@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""--plot: accuracies over epochs of runs, or change rates of analyses, as one PNG file.
+"""--plot: accuracies of runs over epochs or attacks, or change rates of analyses, as one PNG file.
 
     python train.py --plot runs/A runs/B --out robust-overfitting.png
+    python train.py --plot runs/A-seed0 runs/A-seed1 runs/B-seed0 --attacks
     python train.py --plot a/analysis.json b/analysis.json --out analyses.png
 
 Also the figures of --evaluate and --analyse. All are black on white, so that they can be printed.
@@ -12,36 +13,47 @@ import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 import train
 
 ATTACKS = ("clean", "pgd-10")                                           # in log.csv
+GROWING = ("clean", "pgd-official", "pgd-10", "pgd-50x5", "aa")         # ever stronger attacks
 SETS = {"train": "train", "val": "held-out", "test": "test"}            # there, and in a figure
 METHODS = {"standard": "ST", "pgd": "PGD-AT", "trades": "TRADES"}       # the paper's abbreviations
 MARKERS, DASHES = "osD^v", ("-", "--", ":", "-.")
+LEADER = dict(arrowstyle="-", color="0.6", lw=0.5, relpos=(0, 0.5), shrinkA=1, shrinkB=4)
 
 
 def main(words):
-    p = train.new_parser("Draw the accuracies of runs over epochs, or the change rates of models.")
+    p = train.new_parser("Draw accuracies of runs, or the change rates of models.")
     p.add_argument("--plot", nargs="+", metavar="RUN", required=True,
                    help="folders of runs, or the .json files that --analyse left")
+    p.add_argument("--attacks", nargs="?", type=train.comma_list, const=GROWING, metavar="A,A",
+                   help="draw best.pt under attacks that --evaluate measured, in this order; "
+                   f"without a word {','.join(GROWING)} (default: accuracies over epochs)")
     p.add_argument("--out", metavar="FILE.png", help="the figure (default: "
-                   "robust-overfitting.png, of analyses analyses.png)")
+                   "robust-overfitting.png, attacks.png or analyses.png)")
     given = p.given(words)
-    analyses = all(name.endswith(".json") for name in given["plot"])
-    out = given.get("out", "analyses.png" if analyses else "robust-overfitting.png")
-    if not out.endswith(".png"):
+    names = given["plot"]
+    analyses = all(name.endswith(".json") for name in names)
+    kind = "attacks" if "attacks" in given else "analyses" if analyses else "robust-overfitting"
+    out = Path(given.get("out", f"{kind}.png"))
+    if out.suffix != ".png":
         raise train.UserError(f"--out {out}: a figure is a PNG file; give a name that ends in .png")
-    if analyses:
-        draw_changes(Path(out), [row for file in given["plot"] for row in read_analysis(file)])
+    if kind == "attacks":
+        from lab import attack_figure           # which imports this file
+        attack_figure.draw_attacks(out, names, given["attacks"])
+    elif kind == "analyses":
+        draw_changes(out, [row for file in names for row in read_analysis(file)])
     else:
-        draw_runs(Path(out), [read_log(run) for run in given["plot"]])
+        draw_runs(out, [read_log(run) for run in names])
 
 
 @contextmanager
-def picture(path, rows=1, columns=1, size=(4.2, 3.2), sharex=True):
+def picture(path, rows=1, columns=1, size=(4.2, 3.2), sharex=True, sharey=True):
     """Axes (rows, columns) to draw into; at the end they are written to path as PNG.
 
     size is that of one panel, in inches.  UserError where matplotlib is not installed.
@@ -56,7 +68,7 @@ def picture(path, rows=1, columns=1, size=(4.2, 3.2), sharex=True):
     # A dollar sign in a run's name does not begin a formula.
     with rc_context({"text.parse_math": False}):
         figure = Figure((size[0] * columns, size[1] * rows), layout="constrained")
-        yield figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=True)
+        yield figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
         figure.savefig(file, format="png", dpi=150)
     if train.rank() == 0:
         train.write(path, file.getvalue())
@@ -77,14 +89,31 @@ def draw_lines(ax, lines, top):
     ax.set_ylim(0, top)
     ax.tick_params(labelleft=True, labelbottom=True)
     ax.spines[["top", "right"]].set_visible(False)
-    height = -math.inf                                                  # of the last label
-    for label, line in sorted(lines.items(), key=lambda item: item[1]["y"][-1]):
+    ends = sorted(lines.items(), key=lambda item: item[1]["y"][-1])
+    heights = apart([line["y"][-1] for _, line in ends], 0.06 * top)
+    for (label, line), height in zip(ends, heights):
         face = "white" if "--" in line["fmt"] else "black"
         every = math.ceil(len(line["x"]) / 12)
         ax.errorbar(**line, color="black", mfc=face, markevery=every, lw=1, ms=4, capsize=2)
-        height = max(line["y"][-1], height + 0.06 * top)                # no label on another
-        ax.annotate(label, (line["x"][-1], height), (7, 0), textcoords="offset points",
-                    va="center", size=8)
+        ax.annotate(label, (line["x"][-1], line["y"][-1]), (18, height), va="center", size=8,
+                    textcoords=("offset points", "data"), arrowprops=LEADER)
+
+
+def apart(heights, gap):
+    """Sorted heights, moved as little as it takes for neighbours to be a gap apart."""
+    blocks = []                                 # of neighbours that touch: heights less the gaps
+    for k, height in enumerate(heights):
+        blocks.append([height - k * gap])
+        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    moved = [fmean(block) for block in blocks for _ in block]
+    return [height + k * gap for k, height in enumerate(moved)]
+
+
+def style(k):
+    """Marker and dash of the k-th line."""
+    return MARKERS[k % len(MARKERS)] + DASHES[k % len(DASHES)]
 
 
 def read_log(run):
@@ -157,7 +186,7 @@ def draw_sweep(stem, what, rows):
         bars = [[100 * abs(row[end] - row["accuracy"]) for row in line] for end in ("low", "high")]
         lines[attack] = {"x": [row[what] for row in line], "yerr": bars,
                          "y": [100 * row["accuracy"] for row in line],
-                         "fmt": MARKERS[k % len(MARKERS)] + DASHES[k % len(DASHES)]}
+                         "fmt": style(k)}
     with attempt(), picture(stem.with_name(f"{stem.name}-{what}-sweep.png")) as axes:
         draw_lines(axes[0, 0], lines, top=105 * max(row["high"] for row in rows))
         axes[0, 0].set(xlabel=what, ylabel=f"accuracy, %  (n = {rows[0]['n']:,})")

@@ -57,9 +57,10 @@ def check(values, low=0, high=1e9):
             raise ValueError
 
 
-def read_run(folder):
+def read_run(folder, flag="--table"):
     """result.json, with "folder", "seed", "task" (what all runs of a table share), and the dicts
-    "columns" and "settings".  UserError where it is missing, damaged or of another form."""
+    "columns" and "settings".  UserError where it is missing, damaged or of another form.
+    flag: what the user gave it by, for messages"""
     try:
         run = json.loads((Path(folder) / "result.json").read_text())
         c = SimpleNamespace(**run["config"])
@@ -73,17 +74,17 @@ def read_run(folder):
         for attack in c.attacks:
             check([run["Best"][attack], run["Last"][attack]], 0, 1)
             check([run["Diff"][attack]], -1, 1)
-        run |= {"folder": folder, "seed": c.seed}
+        run |= {"folder": folder, "seed": c.seed, "flag": flag}
         run["task"] = [c.dataset, c.eps, c.attacks, c.select]
         run["columns"] = {"model": train.name_of(c), "method": c.method, "eps": train.show(c.eps),
                           "steps": c.steps, "width": c.d_model, "epochs": c.epochs,
                           "n train": run["n_train"], "n test": run["n_test"]}
-        run["settings"] = {flag: str(vars(c).get(flag)) for flag in SETTINGS}
-        for flag, owners in train.OWNERS.items():
+        run["settings"] = {name: str(vars(c).get(name)) for name in SETTINGS}
+        for name, owners in train.OWNERS.items():
             owned = {c.method, c.model} & set(owners)
-            run["settings"][flag] = str(vars(c).get(flag)) if owned else ""
+            run["settings"][name] = str(vars(c).get(name)) if owned else ""
     except WRONG:
-        raise train.UserError(f"--table {folder}: there is no result.json of a finished run; let "
+        raise train.UserError(f"{flag} {folder}: there is no result.json of a finished run; let "
                               "the run end, or leave it out") from None
     read_evaluation(run)
     return run
@@ -113,8 +114,8 @@ def read_evaluation(run):
                 check([fmean(survived) - row["accuracy"]], -1e-6, 1e-6)
                 run["outcomes"][row["attack"], row["n"], run["settings"]["classes"]] = survived
     except WRONG:
-        raise train.UserError(f"--table {run['folder']}: its best-evaluation.json is damaged; "
-                              "evaluate best.pt again, or remove the file") from None
+        raise train.UserError(f"{run['flag']} {run['folder']}: its best-evaluation.json is "
+                              "damaged; evaluate best.pt again, or remove the file") from None
 
 
 def find_row(run, attack):
@@ -145,8 +146,8 @@ def group(runs):
         line = lines.setdefault((*run["columns"].items(), *run["settings"].items()), [])
         for other in line:
             if other["seed"] == run["seed"]:
-                raise train.UserError(f"--table {run['folder']}: {other['folder']} has the same "
-                                      "settings and seed; give one of them")
+                raise train.UserError(f"{run['flag']} {run['folder']}: {other['folder']} has the "
+                                      "same settings and seed; give one of them")
         line.append(run)
     return list(lines.values())
 

@@ -108,7 +108,7 @@ def test_a_run_s_folder_stands_for_its_last_checkpoint_and_takes_the_results(tmp
 
 def test_eps_takes_alpha_along_and_both_may_differ_from_the_checkpoint_s(tmp_path):
     assert trains(tmp_path, *TINY) == 0
-    for words, alpha in (([], 2 / 255), (["--eps", "4/255"], 1 / 255),
+    for words, alpha in (([], 3 / 255), (["--eps", "4/255"], 1.5 / 255),
                          (["--eps", "4/255", "--alpha", "3/255"], 3 / 255)):
         c, _, _ = analyse.settings(["--analyse", str(tmp_path), "--device", "cpu", *words])
         assert c.alpha == pytest.approx(alpha) and c.test_size == 100

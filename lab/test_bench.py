@@ -149,6 +149,46 @@ def test_a_peer_with_our_weights_has_our_logits_and_gradient(name, monkeypatch):
         close(a, b, 1e-12)
 
 
+def weight_gradients(layer, u):
+    """The gradients of the sum of squares of a layer's output on u, by name."""
+    for w in layer.parameters():
+        w.requires_grad_()
+    layer(u).square().sum().backward()
+    return {name: w.grad for name, w in layer.named_parameters()}
+
+
+def test_mambapy_s_weights_have_the_gradients_of_ours(monkeypatch):
+    needs_peer("mamba")
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # mambapy cuts A and D
+    c = bench_settings("--model", "mamba", "--forms", "fast")
+    layer = scrambled(train.build(c)).blocks[0]
+    twin = bench.mamba_peer(c, layer)
+    u = torch.randn(2, 30, c.d_model, dtype=torch.float64)
+    ours, theirs = weight_gradients(layer, u), weight_gradients(twin, u)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours.values(), theirs.values()):                    # in the same order
+        close(a, b, 1e-12)
+
+
+def test_s5_pytorch_s_weights_have_the_gradients_of_ours(monkeypatch):
+    module = needs_peer("s5")
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(module.s5_model, "as_complex", torch.view_as_complex)
+    c = bench_settings("--model", "s5", "--forms", "fast")
+    layer = scrambled(train.build(c)).blocks[0].ssm
+    twin = bench.s5_peer(c, layer)
+    u = torch.randn(2, 30, c.d_model, dtype=torch.float64)
+    ours, theirs = weight_gradients(layer, u), weight_gradients(twin, u)
+    close(ours["B"], theirs["seq.B"], 1e-12)
+    close(ours["C"], torch.view_as_real(theirs["seq.C"]), 1e-12)
+    close(ours["D"], theirs["seq.D"], 1e-12)
+    close(ours["log_dt"], theirs["seq.log_step"], 1e-12)
+    # Lambda = -exp(log_minus_real) + i imag
+    close(ours["log_minus_real"], -layer.log_minus_real.exp() * theirs["seq.Lambda"].real, 1e-12)
+    close(ours["imag"], theirs["seq.Lambda"].imag, 1e-12)
+    assert len(ours) == 6
+
+
 @pytest.mark.parametrize("name", bench.PEERS)
 def test_a_peer_as_it_comes_has_our_logits(name):
     needs_peer(name)

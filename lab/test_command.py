@@ -71,7 +71,7 @@ BAD = {
     "--attacks pgd-1x1000000000000": "--attacks pgd-1x1000000000000: no such attack",
     "--attacks pgd-official": "--attacks pgd-official: it stands for comparison only",
     "--dataset synthetic --train-size 20000": "--train-size 20000: synthetic has 10000 such images",
-    "--dataset synthetic --eval-train 20000": "--eval-train 20000: there are 4000 training images",
+    "--dataset synthetic --eval-train 20000": "--eval-train 20000: there are 6000 training images",
     "--dataset synthetic --out FILE/run": "cannot be written",
     "--dataset synthetic --out OTHER": "--out OTHER holds another run (config.json)",
     "--resume NOWHERE": "there is no such file or folder",

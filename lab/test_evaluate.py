@@ -150,7 +150,7 @@ def test_the_interval_is_wilsons():
 def test_a_row_says_which_images_survive(trained, monkeypatch):
     assert evaluates(trained[0], "--attacks", "clean,pgd-2", size="19") == 0
     c, state = evaluate.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
-    c.test_size, model = 19, train.load_model(c, state, "")
+    c.test_size, model = 19, train.load_model(state, "")
     x, y = train.load_data(c)["test"]
     with torch.no_grad():
         right = (model(x / 255).argmax(1) == y).tolist()
@@ -348,8 +348,8 @@ def test_what_is_not_given_is_the_checkpoint_s_but_for_the_number_of_images(trai
 
 
 @pytest.mark.parametrize("words, alpha", [
-    (("--eps", "64/255"), 16), (("--eps", "64/255", "--alpha", "1/255"), 1),
-    (("--alpha", "1/255"), 1), ((), 2)])
+    (("--eps", "64/255"), 24), (("--eps", "64/255", "--alpha", "1/255"), 1),
+    (("--alpha", "1/255"), 1), ((), 3)])
 def test_eps_alone_takes_the_step_along(words, alpha, trained):
     c, _ = evaluate.settings(["--evaluate", str(trained[0]), "--device", "cpu", *words])
     assert math.isclose(255 * c.alpha, alpha)
@@ -374,7 +374,7 @@ def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeyp
     assert [r["attack"] for r in rows] == ["fgsm", "square", "transfer: pgd-10", "transfer: fgsm"]
     assert attacked and set(attacked) == {mamba_adv.Classifier} and len(calls) == 4 * 3
     c, state = evaluate.settings(["--evaluate", str(trained[0]), "--device", "cpu"])
-    c.test_size, model = 20, train.load_model(c, state, "")
+    c.test_size, model = 20, train.load_model(state, "")
     x, y = train.load_data(c)["test"]
     with torch.no_grad():
         both = (model(x / 255).argmax(1) == y) & (model(0 * x / 255).argmax(1) == y)

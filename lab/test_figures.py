@@ -128,6 +128,130 @@ def test_a_log_without_a_column_is_damaged(head, tmp_path, capsys):
     assert "its log.csv is damaged" in capsys.readouterr().err
 
 
+# ---- Accuracies under attacks --------------------------------------------------------------------
+
+def evaluated(folder, trained, rows, **config):
+    """A copy of a run's results with other settings, and these rows of --evaluate:
+    {attack: {n: per cent}}."""
+    result = json.loads((trained / "result.json").read_text())
+    result["config"] |= config
+    c = result["config"]
+    kept = [{"attack": attack, "n": n, "accuracy": percent / 100, "eps": c["eps"],
+             "alpha": c["alpha"]} for attack, sizes in rows.items() for n, percent in sizes.items()]
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "best-evaluation.json").write_text(json.dumps(
+        {"epoch": result["Best"]["epoch"], "rows": kept}))
+    return folder
+
+
+def plots_attacks(*names, out, attacks="clean,pgd-10,aa"):
+    return train.main(["--plot", *map(str, names), "--attacks", attacks, "--out", str(out)])
+
+
+def test_a_line_of_a_model_is_the_mean_of_its_seeds(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    calls = recorded(monkeypatch, "draw_lines")
+    runs = [evaluated(tmp_path / f"s4-{seed}", trained[0], seed=seed, rows={
+        "aa": {20: percent}, "clean": {20: 80}, "pgd-10": {20: 60}})
+        for seed, percent in enumerate((10, 40))]
+    runs += [evaluated(tmp_path / "mamba", trained[1], {
+        "clean": {20: 70}, "pgd-10": {20: 50}, "aa": {20: 30}})]
+    assert plots_attacks(*runs, out=tmp_path / "a.png") == 0
+    (_, lines), = calls
+    assert {name: line["y"] for name, line in lines.items()} == {
+        "s4  25.0": pytest.approx([80, 60, 25]), "mamba  30.0": pytest.approx([70, 50, 30])}
+    assert lines["s4  25.0"]["x"] == ["clean", "pgd-10", "aa"]
+    assert png_size(tmp_path / "a.png")
+
+
+def test_each_seed_is_a_row_of_dots(trained, tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    real, dots = axes.Axes.plot, []
+
+    def plot(ax, x, y, *args, **kw):
+        dots.append(y)
+        return real(ax, x, y, *args, **kw)
+    monkeypatch.setattr(axes.Axes, "plot", plot)
+    runs = [evaluated(tmp_path / f"{seed}", trained[0], {"clean": {20: 80}, "aa": {20: 10 * seed}},
+                      seed=seed) for seed in (1, 2)]
+    assert plots_attacks(*runs, out=tmp_path / "a.png", attacks="clean,aa") == 0
+    assert dots == [pytest.approx([80, 10]), pytest.approx([80, 20])]
+
+
+def test_each_data_set_and_radius_has_a_panel_that_says_how_many_images(
+        trained, tmp_path, monkeypatch):
+    shown = texts(monkeypatch)
+    rows = {"clean": {20: 80}, "aa": {20: 10}}
+    more = {"clean": {200: 80}, "aa": {200: 10}}
+    runs = [evaluated(tmp_path / "a", trained[0], rows),
+            evaluated(tmp_path / "b", trained[1], more),
+            evaluated(tmp_path / "c", trained[0], rows, eps=0.3)]
+    assert plots_attacks(*runs, out=tmp_path / "a.png", attacks="clean,aa") == 0
+    titles = list(dict.fromkeys(text for text in shown if text.startswith("synthetic")))
+    eps = train.show(json.loads((trained[0] / "result.json").read_text())["config"]["eps"])
+    assert titles == [f"synthetic, eps {eps}  (n = 20 to 200)", "synthetic, eps 0.3  (n = 20)"]
+
+
+def test_accuracies_are_on_the_most_images_that_all_attacks_have(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    calls = recorded(monkeypatch, "draw_lines")
+    run = evaluated(tmp_path / "a", trained[0], {
+        "clean": {10: 50, 20: 60, 100: 90}, "pgd-10": {10: 20, 20: 30, 100: 40},
+        "aa": {20: 10, 10: 5}})
+    assert plots_attacks(run, out=tmp_path / "a.png") == 0
+    (_, lines), = calls
+    assert [line["y"] for line in lines.values()] == [pytest.approx([60, 30, 10])]
+
+
+def test_lines_of_one_model_with_other_settings_say_what_differs(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    calls = recorded(monkeypatch, "draw_lines")
+    runs = [evaluated(tmp_path / str(lr), trained[0], {"clean": {20: 80}, "aa": {20: 10}}, lr=lr)
+            for lr in (0.5, 0.25)]
+    assert plots_attacks(*runs, out=tmp_path / "a.png", attacks="clean,aa") == 0
+    (_, lines), = calls
+    assert list(lines) == ["s4 0.5  10.0", "s4 0.25  10.0"]
+    assert len({line["fmt"] for line in lines.values()}) == 2
+
+
+def test_attacks_without_a_word_are_five_of_growing_strength(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    calls = recorded(monkeypatch, "draw_lines")
+    monkeypatch.chdir(tmp_path)
+    run = evaluated(tmp_path / "a", trained[0], {attack: {20: 50} for attack in figures.GROWING})
+    assert train.main(["--plot", str(run), "--attacks"]) == 0
+    (_, lines), = calls
+    assert [line["x"] for line in lines.values()] == [figures.GROWING]
+    assert png_size("attacks.png")
+
+
+def test_a_run_without_one_of_the_attacks_is_refused_with_the_command_that_measures_them(
+        trained, tmp_path, capsys):
+    run = evaluated(tmp_path / "a", trained[0], {"clean": {20: 80}, "pgd-10": {20: 60},
+                                                 "aa": {10: 10}})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "result.json").write_bytes((trained[0] / "result.json").read_bytes())
+    for folder in (run, tmp_path / "b"):
+        assert plots_attacks(folder, out=tmp_path / "a.png") == 2
+        err = capsys.readouterr().err
+        assert f"--evaluate {folder}/best.pt --attacks clean,pgd-10,aa" in err
+        assert f"--plot {folder}: " in err and err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_folder_without_a_finished_run_has_no_attacks_to_plot(tmp_path, capsys):
+    assert plots_attacks(tmp_path, out=tmp_path / "a.png") == 2
+    assert f"--plot {tmp_path}: there is no result.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("heights, expected", [
+    ([1, 2, 3], [1, 2, 3]), ([5, 5, 5], [4, 5, 6]), ([0, 5, 5.5, 9], [0, 4.75, 5.75, 9]),
+    ([2], [2])], ids=str)
+def test_labels_that_would_meet_are_moved_apart_as_little_as_it_takes(heights, expected):
+    assert figures.apart(heights, 1) == pytest.approx(expected)
+
+
 # ---- Change rates --------------------------------------------------------------------------------
 
 def write_analysis(path, *rows, method="pgd"):
@@ -217,7 +341,7 @@ def test_sweeps_and_images_are_drawn_and_without_matplotlib_the_tables_still_com
     c = train.restored(c, {}, state, run, ())
     x, y = (v[:8] for v in train.load_data(c)["test"])
     with torch.no_grad():
-        clean = train.load_model(c, state, run)(x / 255).argmax(1)
+        clean = train.load(run / "best.pt")(x / 255).argmax(1)
     seen = [line.split() for line in out.split("perturbation x 15.9 + 0.5")[1].splitlines()[1:9]]
     assert [row[:3] for row in seen] == [
         [str(v) for v in row] for row in zip(range(8), y.tolist(), clean.tolist())]

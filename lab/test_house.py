@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
-from test_all import HERE, seeded
+from lab.evaluate import survivors_of
+from test_all import DATA, HERE, seeded
 
 FLOORS = [["ads"], ["s4_adv", "mamba_adv", "attention_adv"], ["train"]]
 
@@ -201,6 +203,22 @@ def test_the_speeds_in_the_findings_are_those_of_the_logs():
         if "peer" in cpu:
             assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.1f}x" in other
             assert f"/ {mb['peer']} MB" in peak
+
+
+CHECKPOINTS = sorted((HERE / "results").rglob("best.pt"))
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_a_checkpoint_of_results_classifies_test_images_as_its_evaluation_records(path):
+    kept = json.loads(path.with_name("best-evaluation.json").read_text())
+    row = next(row for row in kept["rows"] if row["attack"] == "clean" and "survivors" in row)
+    folder = {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[kept["config"]["dataset"]]
+    if DATA is None or not (DATA / folder).exists():
+        pytest.skip(f"no {folder} in SSM_ADV_DATA, ../shared/data or ./data")
+    *_, x, y = train.torchvision_data(kept["config"]["dataset"], str(DATA))
+    with torch.no_grad():
+        right = train.load(path)(x[:20] / 255).argmax(1) == y[:20]
+    assert right.tolist() == survivors_of(row)[:20]
 
 
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])

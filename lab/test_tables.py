@@ -35,7 +35,7 @@ def finished(folder, result, best=None, rows=None, **config):
 
 def row_of(attack, survivors=None, **others):
     """A row of --evaluate at the run's eps and alpha."""
-    row = {"attack": attack, "accuracy": 0.5, "n": 20, "eps": 8 / 255, "alpha": 2 / 255, "seed": 0}
+    row = {"attack": attack, "accuracy": 0.5, "n": 20, "eps": 8 / 255, "alpha": 3 / 255, "seed": 0}
     if survivors is not None:
         row |= {"survivors": to_hex(torch.tensor(survivors)), "n": len(survivors),
                 "accuracy": sum(survivors) / len(survivors)}
@@ -95,7 +95,7 @@ def test_a_setting_of_one_method_stands_in_that_method_s_lines(result, tmp_path,
     _, _, heads, _, *lines = prints(capsys, a, b, d, e)
     assert heads[:5] == ["model", "method", "lr", "beta", "seeds"]
     assert [line[2:4] for line in lines] == [
-        ["0.001", ""], ["0.002", ""], ["0.003", "2.0"], ["0.003", "3.0"]]
+        ["0.001", ""], ["0.002", ""], ["0.004", "2.0"], ["0.004", "3.0"]]
 
 
 def test_another_task_is_no_other_seed_of_a_run(result, tmp_path, capsys):

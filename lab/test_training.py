@@ -127,3 +127,27 @@ def test_drawn_digits_show_their_labels():
     gram = x[:3000].T @ x[:3000] + 10 * torch.eye(785)
     w = torch.linalg.solve(gram, x[:3000].T @ F.one_hot(y[:3000]).double())
     assert ((x[3000:] @ w).argmax(1) == y[3000:]).double().mean() > 0.3         # chance is 0.1
+
+
+# ---- The trained model, for other programs -------------------------------------------------------
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a tiny run."""
+    assert trains(tmp_path / "run", *TINY, "--ads") == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("file", ("best.pt", "last.pt"))
+def test_load_gives_the_trained_model_in_eval_mode(file, run):
+    model = train.load(run / file)
+    assert not any(module.training for module in model.modules())
+    saved = weights(run, file)
+    assert model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(w, saved[name]) for name, w in model.state_dict().items())
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_load_says_in_one_sentence_that_there_is_no_checkpoint(tmp_path):
+    with pytest.raises(train.UserError, match="best.pt: there is no such file; give one of"):
+        train.load(tmp_path / "best.pt")
