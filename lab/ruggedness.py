@@ -5,7 +5,7 @@ A constant step of sign gradients cannot settle: where the gradient turns within
 attack jumps to and fro. A step that falls to 0 settles. On a smooth loss both reach the same.
 
 Papers     PGD   Madry et al. 2018, arXiv 1706.06083
-           APGD  Croce & Hein 2020, arXiv 2003.01690: a step that halves where the loss stops growing
+           APGD  Croce & Hein 2020, arXiv 2003.01690, whose step halves where the loss stalls
 """
 import torch
 import torch.nn.functional as F

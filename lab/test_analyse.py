@@ -260,7 +260,7 @@ def test_the_gradients_of_a_linear_model_agree_and_pgd_reaches_its_closed_form()
 
     model = Logits(lambda z: z @ w.T)
     numbers = ruggedness(model, x, y, 0.1)
-    margin = (w[1 - y] - w[y]).abs().sum(1)                                 # |w|_1 of the difference
+    margin = (w[1 - y] - w[y]).abs().sum(1)             # |w|_1 of the difference
     shifted = (model(x)[range(6), 1 - y] - model(x)[range(6), y]) + 0.1 * margin
     assert abs(numbers["cosine of gradients, a step of eps/3 apart"] - 1) < 1e-12
     # The five constant steps sum to 5/3 eps: they do not cross the whole ball.

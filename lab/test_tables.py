@@ -57,7 +57,7 @@ def test_each_model_has_a_line_with_mean_and_spread_over_its_seeds(result, tmp_p
     b = finished(tmp_path / "b", result, best={"clean": 0.75}, seed=1)
     c = finished(tmp_path / "c", result, ads="relu")
     caption, empty, heads, rule, first, second = prints(capsys, a, b, c)
-    assert caption == ("synthetic, method pgd, eps 8/255, steps 5, width 8, epochs 1, n train 32, "
+    assert caption == ("synthetic, method pgd, eps 8/255, steps 3, width 8, epochs 1, n train 32, "
                        "n test 20") and not empty
     pair = "clean / pgd-10"
     assert heads == ["model", "seeds", f"Best: {pair}", f"Last: {pair}", f"Diff: {pair}",
