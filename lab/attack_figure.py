@@ -12,20 +12,27 @@ from lab import figures, tables
 
 
 def draw_attacks(path, folders, attacks):
-    """A panel for each data set and radius, in it a line for each model: the mean over its seeds,
-    each of which is a dot. attacks [str] from the weakest to the strongest."""
+    """A panel for each data set, radius and list of steps, in it a line for each model: the mean
+    over its seeds, each of which is a dot. attacks [str] from the weakest to the strongest."""
     panels = {}                                                         # {title: [run]}
     numbers = {}                                # {name of a line: k}, for one style in all panels
     for folder in folders:
         run = read_run(folder, attacks)
-        title = f"{run['config']['dataset']}, eps {train.show(run['config']['eps'])}"
-        panels.setdefault(title, []).append(run)
+        panels.setdefault(title_of(run["config"]), []).append(run)
     with figures.picture(path, 1, len(panels), (5.2, 4.2), sharey=False) as axes:
         for ax, (title, runs) in zip(axes[0], panels.items()):
             draw_panel(ax, runs, attacks, numbers)
             sizes = [run["n"] for run in runs]
             n = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
-            ax.set(title=f"{title}  (n = {n})", xlabel="attack", ylabel="accuracy, %")
+            ax.set(title=title, xlabel=f"attack  (n = {n})", ylabel="accuracy, %")
+
+
+def title_of(config):
+    """'mnist, eps 0.3, step 0.1', or 'steps 0.2 to 0.04': those of the attack in training."""
+    steps = config.get("alphas") or [config["alpha"]]
+    shown = " to ".join(dict.fromkeys([train.show(steps[0]), train.show(steps[-1])]))
+    word = "steps" if len(steps) > 1 else "step"
+    return f"{config['dataset']}, eps {train.show(config['eps'])}, {word} {shown}"
 
 
 def read_run(folder, attacks):

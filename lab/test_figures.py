@@ -179,18 +179,20 @@ def test_each_seed_is_a_row_of_dots(trained, tmp_path, monkeypatch):
     assert dots == [pytest.approx([80, 10]), pytest.approx([80, 20])]
 
 
-def test_each_data_set_and_radius_has_a_panel_that_says_how_many_images(
+def test_each_data_set_radius_and_step_has_a_panel_that_says_how_many_images(
         trained, tmp_path, monkeypatch):
     shown = texts(monkeypatch)
     rows = {"clean": {20: 80}, "aa": {20: 10}}
     more = {"clean": {200: 80}, "aa": {200: 10}}
     runs = [evaluated(tmp_path / "a", trained[0], rows),
             evaluated(tmp_path / "b", trained[1], more),
-            evaluated(tmp_path / "c", trained[0], rows, eps=0.3)]
+            evaluated(tmp_path / "c", trained[0], rows, eps=0.3),
+            evaluated(tmp_path / "d", trained[0], rows, alphas=[0.1, 0.04, 0.02])]
     assert plots_attacks(*runs, out=tmp_path / "a.png", attacks="clean,aa") == 0
-    titles = list(dict.fromkeys(text for text in shown if text.startswith("synthetic")))
-    eps = train.show(json.loads((trained[0] / "result.json").read_text())["config"]["eps"])
-    assert titles == [f"synthetic, eps {eps}  (n = 20 to 200)", "synthetic, eps 0.3  (n = 20)"]
+    head = "synthetic, eps 8/255"
+    assert list(dict.fromkeys(text for text in shown if text.startswith("synthetic"))) == [
+        f"{head}, step 3/255", "synthetic, eps 0.3, step 3/255", f"{head}, steps 0.1 to 0.02"]
+    assert {"attack  (n = 20 to 200)", "attack  (n = 20)"} <= set(shown)
 
 
 def test_accuracies_are_on_the_most_images_that_all_attacks_have(trained, tmp_path, monkeypatch):
