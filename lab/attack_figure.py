@@ -29,10 +29,11 @@ def draw_attacks(path, folders, attacks):
 
 def title_of(config):
     """'mnist, eps 0.3, step 0.1', or 'steps 0.2 to 0.04': those of the attack in training."""
+    eps = train.show(config["eps"])
     steps = config.get("alphas") or [config["alpha"]]
-    shown = " to ".join(dict.fromkeys([train.show(steps[0]), train.show(steps[-1])]))
+    ends = [train.show(a) if "/" in eps else f"{a:g}" for a in (steps[0], steps[-1])]
     word = "steps" if len(steps) > 1 else "step"
-    return f"{config['dataset']}, eps {train.show(config['eps'])}, {word} {shown}"
+    return f"{config['dataset']}, eps {eps}, {word} {' to '.join(dict.fromkeys(ends))}"
 
 
 def read_run(folder, attacks):

@@ -187,11 +187,11 @@ def test_each_data_set_radius_and_step_has_a_panel_that_says_how_many_images(
     runs = [evaluated(tmp_path / "a", trained[0], rows),
             evaluated(tmp_path / "b", trained[1], more),
             evaluated(tmp_path / "c", trained[0], rows, eps=0.3),
-            evaluated(tmp_path / "d", trained[0], rows, alphas=[0.1, 0.04, 0.02])]
+            evaluated(tmp_path / "d", trained[0], rows, eps=0.3, alphas=[0.2, 0.1, 0.04])]
     assert plots_attacks(*runs, out=tmp_path / "a.png", attacks="clean,aa") == 0
-    head = "synthetic, eps 8/255"
+    head, wide = "synthetic, eps 8/255", "synthetic, eps 0.3"
     assert list(dict.fromkeys(text for text in shown if text.startswith("synthetic"))) == [
-        f"{head}, step 3/255", "synthetic, eps 0.3, step 3/255", f"{head}, steps 0.1 to 0.02"]
+        f"{head}, step 3/255", f"{wide}, step 0.0117647", f"{wide}, steps 0.2 to 0.04"]
     assert {"attack  (n = 20 to 200)", "attack  (n = 20)"} <= set(shown)
 
 

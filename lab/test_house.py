@@ -99,23 +99,63 @@ def cell_of(family, run, attack):
     return f"{sum(found) / len(found):.1f}" + (" (1 seed)" if len(found) == 1 else "")
 
 
+# README's one table: model -> the folder in results/ of its runs on MNIST with a constant step,
+# and the runs' name there and in the folders of the falling step and of CIFAR-10.
+ROWS = {"S4": ("mnist-eps0.3-long", "s4"), "S4 + GELU": ("mnist-eps0.3-long", "s4-gelu"),
+        "S4 + MLP": ("mnist-eps0.3-long", "s4-mlp"), "S4 + GLU": ("mnist-step-constant", "s4-glu"),
+        "S4 + AdS": ("mnist-eps0.3-long", "s4-ads"), "Mamba": ("mnist-eps0.3-long", "mamba"),
+        "Mega": ("mnist-eps0.3-long", "attention"), "CNN": ("mnist-baselines", "cnn")}
+
+
+def row_of(name):
+    """The cells of a model's row."""
+    family, run = ROWS[name]
+    sizes = []
+    for place in (family, "cifar10-patch4"):
+        log = HERE / "results" / place / f"{run}-seed0" / "log.txt"
+        if log.exists():
+            sizes += re.findall(r": ([\d,]+) trainable", log.read_text())
+    return [" / ".join(sizes), *(cell_of(family, run, a) for a in ("clean", "pgd-10", "aa")),
+            cell_of("mnist-step-falling", run, "aa"),
+            *(cell_of("cifar10-patch4", run, a) for a in ("clean", "pgd-10", "aa"))]
+
+
 def test_the_table_of_the_readme_is_that_of_the_runs():
     findings()
-    runs = {"S4": "s4", "S4 + GELU": "s4-gelu", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads",
-            "Mamba": "mamba", "Mega": "attention"}
     text = (HERE / "README.md").read_text()
-    rows = re.findall(r"^\| (S4.*?|Mamba|Mega) \| ([\d, /]+) \| (.*) \|$", text, re.M)
-    assert [name for name, _, _ in rows] == list(runs)
-    for name, parameters, cells in rows:
-        sizes = []
-        for family in ("mnist-eps0.3-long", "cifar10-patch4"):
-            log = HERE / "results" / family / f"{runs[name]}-seed0" / "log.txt"
-            if log.exists():
-                sizes += re.findall(r": ([\d,]+) trainable", log.read_text())
-        assert parameters == " / ".join(sizes)
-        assert cells.split(" | ") == [
-            *(cell_of("mnist-eps0.3-long", runs[name], a) for a in ("clean", "pgd-10", "aa")),
-            *(cell_of("cifar10-patch4", runs[name], a) for a in ("clean", "pgd-10", "aa"))]
+    found = re.findall(r"^\| ([\w +]+) \| (\d[\d, /]+ \| .*) \|$", text, re.M)
+    assert [(name, cells.split(" | ")) for name, cells in found] == [
+        (name, row_of(name)) for name in ROWS]
+
+
+# (h) of the findings: what stands in the middle of the block -> the name of its run of seed 0.
+MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
+           "activation alone, GELU": "s4-gelu", "MLP, ReLU": "s4-mlp_relu",
+           "MLP, GELU": "s4-mlp", "GLU, GELU": "s4-glu", "scale alone, ReLU": "s4-scale",
+           "AdS, ReLU": "s4-ads", "AdS, GELU": "s4-ads_gelu"}
+
+
+def middle_row(run):
+    """Clean / PGD-10 and AutoAttack of seed 0, by constant and by falling steps."""
+    cells = []
+    for families in (("mnist-step-constant", "mnist-eps0.3-long"), ("mnist-step-falling",)):
+        folders = [HERE / "results" / family / f"{run}-seed0" for family in families]
+        folder = next((f for f in folders if (f / "result.json").exists()), None)
+        if folder is None:
+            cells += ["not run", "not run"]
+            continue
+        best = json.loads((folder / "result.json").read_text())["Best"]
+        rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
+        rows = [row for row in rows if row["attack"] == "aa"]
+        cells.append(f"{100 * best['clean']:.1f} / {100 * best['pgd-10']:.1f}")
+        cells.append(f"{100 * max(rows, key=lambda row: row['n'])['accuracy']:.1f}")
+    return cells
+
+
+def test_the_table_of_steps_is_that_of_the_runs():
+    rows = re.findall(r"^\| ([\w ,]+) \| [\d,]+ \| (.*) \|$", findings(), re.M)
+    found = {name: cells.split(" | ") for name, cells in rows if name in MIDDLES}
+    assert found == {name: middle_row(run) for name, run in MIDDLES.items()}
 
 
 def test_the_readme_states_the_lines_of_each_file():
@@ -186,24 +226,27 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
 
 
 def test_the_speeds_in_the_findings_are_those_of_the_logs():
-    text, step = findings(), r"pgd-10 AT step +(\S+) +\S+ +(\S+) .*%"
-    rows = re.findall(r"^(\| \S.*\(bench/([\w-]+)\.txt\) \|)$", text, re.M)
+    step = r"pgd-10 AT step +(\S+) +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) +(\S+)%"
+    rows = re.findall(r"^(\| \S.*\(bench/([\w-]+)\.txt\) \|)$", findings(), re.M)
     assert len(rows) == 6
     for row, name in rows:
         log = (HERE / "results" / "bench" / f"{name}.txt").read_text()
-        cpu = {form: float(seconds) for form, seconds in re.findall(step, log)}
-        mb = dict(re.findall(r"pgd-10 AT step +(\S+) +(?:\S+ +){5}(\d+) +[\d.]+%", log))
-        _, batch, here, bf16, plain, other, peak, _ = row.strip("|").split("|")
-        assert f"batch {batch.strip()}," in log and f"**{cpu['fast']:.1f} s**" in here
+        cpu, mb, share = {}, {}, {}
+        for form, seconds, peak, of_floor in re.findall(step, log):
+            cpu[form], mb[form], share[form] = float(seconds), peak, of_floor
+        _, batch, here, of_floor, bf16, plain, other, peak, _ = row.strip("|").split("|")
+        assert f"batch {batch.strip()}," in log and "C library's default allocator" in log
+        assert f"**{cpu['fast']:.1f} s**" in here and of_floor == f" {share['fast']} % "
         assert bf16.strip().startswith(f"{cpu['bf16']:.1f} s")
         assert plain.strip() == f"{cpu['plain']:.1f} s, {cpu['plain'] / cpu['fast']:.1f}x"
-        assert peak.strip().startswith(f"{mb['fast']} / {mb['plain']}")
+        peaks = [mb[form] for form in ("fast", "plain", "peer") if form in mb]
+        assert peak.strip() == " / ".join(peaks) + " MB"
         if "no-ads" in cpu:
             assert f"{cpu['fast'] / cpu['no-ads']:.2f}x S4" in here
             assert f"{cpu['bf16'] / cpu['no-ads']:.2f}x S4" in bf16
+        assert ("peer" in cpu) == bool(other.strip())
         if "peer" in cpu:
-            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.1f}x" in other
-            assert f"/ {mb['peer']} MB" in peak
+            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.2f}x" in other
 
 
 CHECKPOINTS = sorted((HERE / "results").rglob("best.pt"))
