@@ -18,8 +18,8 @@ import mamba_adv
 import s4_adv
 import train
 from lab import bench, floor
-from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, images, name, randn, scrambled,
-                      seeded, tiny, tiny_model)
+from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, name, randn, scrambled, seeded,
+                      tiny_model)
 
 SMALL = ("--d-model 8 --d-state 4 --n-layers 1 --patch-size 14 --steps 2 --dataset synthetic "
          "--device cpu").split()
@@ -485,31 +485,3 @@ def test_another_kind_of_device_and_several_processes_are_refused(device, world,
     monkeypatch.setattr(train, "world", lambda: world)
     with pytest.raises(train.UserError, match="--bench 3: it runs on cpu or cuda, in one process"):
         bench.settings(["--bench", "--device", device])
-
-
-# ---- A compiled model ----------------------------------------------------------------------------
-
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
-                    reason="torch.compile of an autograd.Function needs a newer torch")
-@pytest.mark.parametrize("name", ("s4", "mamba", "attention"))
-def test_a_compiled_model_is_attacked_alike_and_keeps_no_kernel(name):
-    model, (x, y), script = tiny(name, ads="relu"), images(), MODELS[name]
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")                        # the trace, no compiler
-    for _ in range(2):
-        try:
-            close(compiled(x), model(x))
-        except RuntimeError as e:
-            if "not supported" not in str(e):
-                raise
-            pytest.skip(f"torch.compile does not run here: {e}")
-        seen = []
-        for m in (model, compiled):
-            torch.manual_seed(0)
-            seen.append(script.pgd(m, x, y, EPS, ALPHA, 3))
-        close(*seen)
-        script.pgd_at_loss(compiled, x, y, EPS, ALPHA, 1).backward()
-        with torch.no_grad():
-            for w in model.parameters():
-                w -= 0.1 * w.grad
-                w.grad = None
