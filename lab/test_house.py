@@ -96,7 +96,8 @@ def cell_of(family, run, attack):
             found.append(100 * accuracy)
     if not found:
         return "not run"
-    return f"{sum(found) / len(found):.1f}" + (" (1 seed)" if len(found) == 1 else "")
+    seeds = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(found), "")
+    return f"{sum(found) / len(found):.1f}{seeds}"
 
 
 # README's one table: model -> the folder in results/ of its runs on MNIST with a constant step,
