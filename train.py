@@ -1350,7 +1350,7 @@ def lacks_memory(error):
     exception of their own for it."""
     signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
              "Storage size calculation overflowed")
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return (isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
             or any(sign in str(error) for sign in signs))
 
 

@@ -139,7 +139,7 @@ def test_a_negative_fraction_is_a_value_and_no_flag(words, message, capsys):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (RuntimeError("CUDA error: out of memory"), True), (MemoryError(), True),
     (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
-    (torch.OutOfMemoryError("CUDA ..."), True)])
+    (torch.cuda.OutOfMemoryError("CUDA ..."), True)])
 def test_not_every_error_that_names_memory_is_a_lack_of_it(error, lacks):
     assert train.lacks_memory(error) == lacks
 
