@@ -332,17 +332,22 @@ def ascend(model, loss, x, start, eps, alpha, steps):
             x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     if not finite:
         raise FloatingPointError("the attack met a gradient that is not finite")
-    if eps > 0 and len(step_sizes) > 0 and model not in warned_of:
-        still = float((grad == 0).flatten(1).all(1).float().mean())         # share of the images
-        if still > 0.1:
-            warned_of.add(model)
-            warnings.warn(f"{still:.0%} of the images that were attacked ended at a gradient of "
-                          "exactly 0, which moves nothing and proves no robustness; look for the "
-                          "cause with python train.py --evaluate CKPT --checks", stacklevel=2)
+    if eps > 0 and len(step_sizes) > 0:
+        tell_zero_gradients(model, grad)
     return x_adv.detach()
 
 
-warned_of = WeakSet()                                                   # models
+def tell_zero_gradients(model, grad):
+    """Warns, once for each model, if more than a tenth of the images have a gradient of 0."""
+    share = float((grad == 0).flatten(1).all(1).float().mean())
+    if share > 0.1 and model not in told_of:
+        told_of.add(model)
+        warnings.warn(f"{share:.0%} of the images that were attacked have a gradient of exactly 0, "
+                      "which moves nothing and proves no robustness; look for the cause with "
+                      "python train.py --evaluate CKPT --checks", stacklevel=3)
+
+
+told_of = WeakSet()                                                     # models
 
 
 def pgd_at_loss(model, x, y, eps, alpha, steps):

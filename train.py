@@ -46,7 +46,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from ads import ACTIVATIONS, CONTROLS
-from s4_adv import ascend, frozen
+from s4_adv import ascend, frozen, tell_zero_gradients
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
@@ -275,6 +275,7 @@ def free_backward(model, x, y, noise, eps):
     x_adv = (x + noise).clamp(0, 1).requires_grad_()
     loss = F.cross_entropy(model(x_adv), y)
     loss.backward()
+    tell_zero_gradients(model, x_adv.grad)
     noise.add_(eps * x_adv.grad.sign()).clamp_(-eps, eps)
     return loss.detach()
 

@@ -16,6 +16,7 @@ Result     x_adv, like x and detached: |x_adv - x|_inf <= eps, in [0, 1]. Miscla
            back as they are. A broken image costs no further step or query.
 Chance     Random numbers come from torch's global generator. FAB-T draws none.
 """
+import warnings
 from contextlib import contextmanager
 from functools import partial, wraps
 
@@ -176,6 +177,10 @@ def apgd(model, x, y, eps, steps=100, loss="ce", target=None):
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(low, high)
     point[~robust] = x[~robust]
     grad, value = evaluate(model, point, robust, objective, *labels)
+    still = (grad == 0).flatten(1).all(1) & robust
+    if loss == "ce" and still.sum() > 0.1 * robust.sum():
+        warnings.warn(f"{int(still.sum())} of {int(robust.sum())} images have a gradient of "
+                      "exactly 0, which moves nothing and proves no robustness", stacklevel=4)
     best_point, best_grad, best_value = point.clone(), grad.clone(), value.clone()
     point_before = point
     alpha = torch.full_like(x[:, :1, :1, :1], 2 * eps)                      # (B, 1, 1, 1)

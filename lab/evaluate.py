@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import s4_adv
 import train
 from lab import autoattack, checks, figures
 
@@ -143,6 +144,8 @@ def pgd_official(model, x, y, eps, alpha, steps=10):
     for _ in range(steps):
         _, _, grad = autoattack.differentiate(logits, d, loss, y)
         d = (d + alpha * grad.sign()).clamp(-eps, eps)
+    if eps > 0 and steps > 0:
+        s4_adv.tell_zero_gradients(model, grad)
     return (x + d).clamp(0, 1)
 
 

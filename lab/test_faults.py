@@ -15,6 +15,7 @@ import torch
 
 import s4_adv
 import train
+from lab import autoattack, evaluate
 from test_all import TINY, seeded, trains
 
 
@@ -431,3 +432,26 @@ def test_a_damaged_file_ends_in_success_or_one_sentence_and_nothing_good_is_lost
                 if now.get(file, "none") != whole.get(file, "none"):
                     put(file, whole.get(file))
     assert not faults, "\n".join(faults)
+
+
+# ---- Gradients of exactly 0 ----------------------------------------------------------------------
+
+class Dead(torch.nn.Module):
+    """Logits that are right for label 0 and have a gradient of 0 everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.weight * (x.flatten(1)[:, :3] > 2) + torch.tensor([1.0, 0.0, 0.0]) + 0 * x.sum()
+
+
+@pytest.mark.parametrize("attack", ["apgd_ce", "pgd_official", "free_backward"])
+def test_an_attack_of_the_lab_and_free_at_tell_of_a_gradient_of_0(attack):
+    x, y = torch.rand(4, 1, 3, 3), torch.zeros(4).long()
+    attacks = {"apgd_ce": lambda: autoattack.apgd_ce(Dead(), x, y, 0.1),
+               "pgd_official": lambda: evaluate.pgd_official(Dead(), x, y, 0.1, 0.02),
+               "free_backward": lambda: train.free_backward(Dead(), x, y, torch.zeros_like(x), 0.1)}
+    with pytest.warns(UserWarning, match="images .*have a gradient of exactly 0"):
+        attacks[attack]()
