@@ -99,6 +99,7 @@ def test_a_healthy_s4_passes_all_checks(digits_net):
     assert failures(check(s4, x, y)) == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient of exactly 0:UserWarning")
 @pytest.mark.parametrize("fault, names", [
     ("logits times 100", ["gradient not zero", "cross-entropy and targeted DLR agree",
                           "square not stronger than pgd-50x5", "smaller logits change nothing"]),
