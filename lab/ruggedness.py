@@ -3,6 +3,7 @@
 
 A constant step of sign gradients cannot settle: where the gradient turns within one step, the
 attack jumps to and fro. A step that falls to 0 settles. On a smooth loss both reach the same.
+That this is why falling steps train more robust models did not hold: results/README.md, (h).
 
 Papers     PGD   Madry et al. 2018, arXiv 1706.06083
            APGD  Croce & Hein 2020, arXiv 2003.01690, whose step halves where the loss stalls

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from lab import tables
 from lab.evaluate import survivors_of
 from test_all import DATA, HERE, seeded
 
@@ -157,6 +158,40 @@ def test_the_table_of_steps_is_that_of_the_runs():
     rows = re.findall(r"^\| ([\w ,]+) \| \d+,\d{3} \| (.*) \|$", findings(), re.M)
     found = {name: cells.split(" | ") for name, cells in rows if name in MIDDLES}
     assert found == {name: middle_row(run) for name, run in MIDDLES.items()}
+
+
+def test_the_differences_in_the_findings_are_those_that_the_table_prints():
+    """Of AutoAttack with falling steps: each line minus AdS with ReLU, seed 0, from --table."""
+    text = findings()
+    falling = HERE / "results" / "mnist-step-falling"
+    folders = [*sorted(falling.glob("s4-*seed0")), falling / "attention-seed0"]
+    runs = [tables.read_run(str(folder)) for folder in folders]
+    tables.name_runs(runs)
+    printed = {row["model"]: row for row in tables.compare(tables.group(runs))
+               if row["attack"] == "aa"}
+    names = {"GLU": "s4 + glu", "MLP, ReLU": "s4 + mlp-relu", "AdS, GELU": "s4 + AdS gelu",
+             "scale alone": "s4 + scale", "MLP, GELU": "s4 + mlp", "nothing": "s4",
+             "Mega": "attention", "activation alone, ReLU": "s4 + relu",
+             "activation alone, GELU": "s4 + gelu"}
+    for name, model in names.items():
+        row = printed[model]
+        said = re.search(rf"^\| {name} \| (-[\d.]+) \| (.*) \| (\S+) \|$", text, re.M)
+        assert row["minus"].startswith("s4 + AdS relu")
+        assert said.groups()[:2] == (row["difference"], row["95 % interval"]), name
+        assert abs(float(said[3]) / float(row["McNemar's p"]) - 1) < 0.1, name
+
+
+def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
+    rows = re.findall(r"^\| (.*) \| \[log\]\((analysis/steps-\S+)\) \|$", findings(), re.M)
+    assert len(rows) == 9
+    keys = ("cosine of gradients, a step of eps/10 apart",
+            "cosine of gradients, a step of eps/3 apart", "accuracy, PGD-5, constant",
+            "accuracy, PGD-5, falling", "accuracy, PGD-50, falling", "accuracy, APGD-CE")
+    for cells, file in rows:
+        log = (HERE / "results" / file).read_text()
+        near, far, *left = [float(re.search(rf"{key} +([\d.]+)$", log, re.M)[1]) for key in keys]
+        assert cells.split(" | ")[2:] == [f"{near:.2f}, {far:.2f}",
+                                          *(f"{100 * share:.0f}" for share in left)], file
 
 
 def test_the_readme_states_the_lines_of_each_file():
