@@ -54,7 +54,8 @@ BASELINES = ("cnn", "vit")                      # lab/baselines.py: no state spa
 METHODS = ("standard", "pgd", "trades", "free", "yopo")
 # Flags that belong to some methods or models alone.
 OWNERS = {"steps": ("pgd", "trades"), "beta": ("trades",), "replays": ("free",), "yopo": ("yopo",),
-          "d_hidden": ("attention", "vit")}
+          "d_hidden": ("attention", "vit"), "d_state": tuple(SCRIPTS),
+          "patch_size": (*SCRIPTS, "vit")}
 
 # The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours: a
 # minute on a laptop. Whatever the command line leaves out comes from here.
@@ -1183,7 +1184,7 @@ def refuse_idle(c, given):
     """UserError for a given flag without effect, and for an attack in training that is none."""
     for name, owners in OWNERS.items():
         if name in given and not {c.method, c.model} & set(owners):
-            kind = "model" if name == "d_hidden" else "method"
+            kind = "method" if owners[0] in METHODS else "model"
             raise UserError(f"--{name.replace('_', '-')} has an effect with --{kind} "
                             f"{' or '.join(owners)} alone, and this is {getattr(c, kind)}; "
                             "leave it out")

@@ -7,8 +7,9 @@ import torch
 
 import train
 from lab.baselines import Cnn, ViT
-from test_all import TINY, close, images, seeded, settings, trains, weights
+from test_all import close, images, seeded, settings, trains, weights
 
+SMALL = "--d-model 8 --n-layers 1 --batch-size 16 --train-size 32 --test-size 20 --epochs 1".split()
 CHECKS = {"cnn": lambda: Cnn(2, 3, (4, 8), d_model=3, n_layers=2),
           "vit": lambda: ViT(2, 3, (4, 8), d_model=8, n_layers=1, patch_size=2, d_hidden=6)}
 
@@ -55,7 +56,7 @@ def test_a_baseline_has_the_parameters_that_its_sizes_tell(kind, words, size):
 @pytest.mark.parametrize("kind", train.BASELINES)
 def test_a_baseline_trains_by_every_method_and_its_checkpoint_is_evaluated(kind, method, tmp_path):
     out = tmp_path / "run"
-    words = [*TINY, "--model", kind, "--method", method, "--attacks", "clean,pgd-2"]
+    words = [*SMALL, "--model", kind, "--method", method, "--attacks", "clean,pgd-2"]
     torch.manual_seed(0)
     before = train.build(settings("--dataset", "synthetic", *words)).state_dict()
     assert trains(out, *words) == 0
@@ -68,14 +69,16 @@ def test_a_baseline_trains_by_every_method_and_its_checkpoint_is_evaluated(kind,
     (["cnn", "--ads"], "--model cnn: it has no sequence map"),
     (["vit", "--control", "mlp"], "--model vit: it has no sequence map"),
     (["vit", "--d-model", "10"], "--d-model 10 must be divisible by 4"),
+    (["cnn", "--patch-size", "4"], "--patch-size has an effect with --model s4 or "),
+    (["vit", "--d-state", "4"], "--d-state has an effect with --model s4 or "),
     (["cnn", "--n-layers", "3"], "halve an image of 28 x 28 pixels too often")])
 def test_what_a_baseline_has_no_place_for_is_refused(words, why, tmp_path, capsys):
-    assert trains(tmp_path / "run", *TINY, "--n-layers", "2", "--model", *words) == 2
+    assert trains(tmp_path / "run", *SMALL, "--n-layers", "2", "--model", *words) == 2
     assert why in capsys.readouterr().err
 
 
 def test_of_a_baseline_the_ruggedness_alone_is_measured(tmp_path, capsys):
-    assert trains(tmp_path / "run", *TINY, "--model", "cnn") == 0
+    assert trains(tmp_path / "run", *SMALL, "--model", "cnn") == 0
     assert train.main(["--analyse", str(tmp_path / "run"), "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "run" / "last-analysis.json").read_text())["rows"]
     assert {row["statement"] for row in found} == {"how rugged is the loss"}
