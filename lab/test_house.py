@@ -285,6 +285,16 @@ def test_the_speeds_in_the_findings_are_those_of_the_logs():
             assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.2f}x" in other
 
 
+def test_the_lengths_in_the_findings_are_those_of_the_logs():
+    rows = re.findall(r"^\| \[\w+\]\((bench/lengths-\w+\.txt)\) \| (.*) \|$", findings(), re.M)
+    assert len(rows) == 4
+    step = r"^ *(\d+) +pgd-10 AT step +fast +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) "
+    for file, cells in rows:
+        runs = re.findall(step, (HERE / "results" / file).read_text(), re.M)
+        assert cells.split(" | ") == [f"{1e6 * float(cpu) / 2 / int(L):.0f}, {mb}"
+                                      for L, cpu, mb in runs], file
+
+
 CHECKPOINTS = sorted((HERE / "results").rglob("best.pt"))
 
 
