@@ -32,7 +32,7 @@ class AdaptiveScaling(nn.Module):
     activation  str    "relu" | "sigmoid" | "tanh", the same for scale and shift; "gelu" is ours
     only        str | None  "scale": t = 0;  "shift": s = 1;  (d^2 + d) parameters. An ablation
 
-    (..., d_model) -> (..., d_model), token by token.   ValueError for another activation, or only.
+    (..., d_model) -> (..., d_model), token by token.   ValueError for an unknown name.
     """
 
     def __init__(self, d_model, activation="relu", only=None):
@@ -54,7 +54,7 @@ class AdaptiveScaling(nn.Module):
         return s, t
 
     def forward(self, y):
-        y = y.contiguous()                                                  # it is read three times
+        y = y.contiguous()                                                  # read by three products
         s, t = self.scale_and_shift(y)
         return torch.addcmul(t, s, y)                                       # s * y + t
 

@@ -43,11 +43,11 @@ from ads import middle
 
 
 # --------------------------------------------------------------------------------------------------
-# The sequence map: a moving average (a real, fixed, two-sided SSM), then attention over its outputs
+# The sequence map: attention; a moving average, a fixed two-sided SSM, makes its queries and keys
 # --------------------------------------------------------------------------------------------------
 
 def vandermonde(c, log_lam, L):
-    """K_l = sum_n c_n lam_n^l for l < L.                  S4D (2206.11893), Vandermonde product
+    """K_l = sum_n c_n lam_n^l for l < L, a Vandermonde product.   S4D (Gu et al. 2022, 2206.11893)
 
     c, log_lam  (H, N)  real or complex, |lam| <= 1            returns (H, L)
     With l = q T + r the powers factor, lam^l = lam^(qT) lam^r: about 2 sqrt(L) exponentials for
@@ -55,8 +55,8 @@ def vandermonde(c, log_lam, L):
     """
     T = math.isqrt(L - 1) + 1
     r = torch.arange(T, device=c.device, dtype=log_lam.real.dtype)
-    q = T * torch.arange(-(-L // T), device=c.device, dtype=log_lam.real.dtype)
-    left = c[:, None] * torch.exp(log_lam[:, None] * q[:, None])            # (H, Q, N)
+    qT = T * torch.arange(-(-L // T), device=c.device, dtype=log_lam.real.dtype)
+    left = c[:, None] * torch.exp(log_lam[:, None] * qT[:, None])           # (H, L/T, N)
     right = torch.exp(log_lam[:, :, None] * r)                              # (H, N, T)
     return (left @ right).flatten(1)[:, :L]                                 # (H, L)
 
@@ -100,8 +100,8 @@ class EMA(nn.Module):
     def recurrence(self, u):
         """The definition, step by step, in both directions."""
         log_q, c = self.matrices()
-        forward, backward = zip(log_q.exp().chunk(2), c.chunk(2))           # (q, c), each (H, N)
-        y = self.average(u, *forward) + self.average(u.flip(1), *backward).flip(1)
+        past, future = zip(log_q.exp().chunk(2), c.chunk(2))                # (q, c), each (H, N)
+        y = self.average(u, *past) + self.average(u.flip(1), *future).flip(1)
         return y + self.omega * u                                           # (B, L, H)
 
     @staticmethod
@@ -129,10 +129,7 @@ class EMA(nn.Module):
         L = u.shape[1]
         if len(u) == 0:
             return u                                        # MKL's FFT refuses an empty batch
-
-        def transformed_kernel():
-            return torch.fft.rfft(self.kernel(L))                           # (H, L+1)
-        K_hat = once(self, L, transformed_kernel)
+        K_hat = once(self, L, lambda: torch.fft.rfft(self.kernel(L)))       # (H, L+1)
         u_hat = torch.fft.rfft(u.mT.to(K_hat.real.dtype), 2 * L)            # (B, H, L+1)
         return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].mT            # (B, L, H)
 
@@ -140,10 +137,12 @@ class EMA(nn.Module):
 class Mega(nn.Module):
     """Moving average equipped gated attention.                            Ma et al. 2023, Sec. 3.2
 
-        update, z, reset, candidate = Linear(SiLU(EMA(u)))       phi, Z, gamma, h of Eq. (7) to (14)
-        mixed = softmax(q k^T / sqrt(Z) + bias) SiLU(Linear(u))  q, k from z; values from u
+        update, z, reset, candidate = Linear(SiLU(EMA(u)))
+        mixed = softmax(q k^T / sqrt(Z) + bias) SiLU(Linear(u))      q, k: affine in SiLU(z)
         new = SiLU(candidate + Linear([AdS](SiLU(reset) * mixed)))
         y = sigmoid(update) * new + (1 - sigmoid(update)) * u
+
+    In the paper: sigmoid(update) phi, SiLU(z) Z, SiLU(reset) gamma, mixed O, new H^.
 
     d_model       int         channels H
     d_state       int         states N of the moving average
@@ -162,7 +161,8 @@ class Mega(nn.Module):
         self.ema = EMA(d_model, d_state)
         self.values = nn.Linear(d_model, d_hidden)
         self.gates = nn.Linear(d_model, sum(self.sizes))
-        self.gamma = nn.Parameter(0.02 * torch.randn(2, d_attn))            # queries, keys from z
+        # q, k = gamma z + beta (kappa, mu in the paper), row 0 and row 1.
+        self.gamma = nn.Parameter(0.02 * torch.randn(2, d_attn))
         self.beta = nn.Parameter(torch.zeros(2, d_attn))
         self.bias = nn.Parameter(0.02 * torch.randn(2 * max_len - 1))       # of the distance j - i
         self.middle = middle(d_hidden, ads, control)
@@ -191,11 +191,6 @@ class Mega(nn.Module):
     def split_gates(self, u):
         """update (B, L, H), z (B, L, Z), reset (B, L, V), candidate (B, L, H)."""
         return self.gates(F.silu(self.ema(u))).split(self.sizes, -1)
-
-    def mixing(self, u):
-        """Attention (B, L, L) and the values (B, L, V) that it mixes, to be looked at."""
-        _, z, _, _ = self.split_gates(u)
-        return self.attention(F.silu(z)), F.silu(self.values(u))
 
     def forward(self, u):
         update, z, reset, candidate = self.split_gates(u)
@@ -237,7 +232,7 @@ class Classifier(nn.Module):
     d_model, d_state        int         channels H, states N of the moving average
     n_layers, patch_size    int         blocks; a token is a patch of patch_size^2 pixels, by rows
     ads, control            str | None  see ads.middle
-    d_hidden, max_len       int         channels of values and feed-forward; most tokens of an image
+    d_hidden, max_len       int         channels of values and feed-forward; largest token count
 
     Images (B, C, h, w) in [0, 1] -> logits (B, n_classes).  ValueError if patches do not fill them,
     or are more than max_len.
@@ -278,7 +273,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units; or a list, one for each step
+    alpha   float         step, pixel units; or a list, one for each step: its length counts then
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
@@ -300,6 +295,7 @@ def fgsm(model, x, y, eps):
 
 def summed_cross_entropy(model, y):
     """The function z -> CE(model(z), y), summed over the batch."""
+    # Labels made in inference mode cannot be kept for a gradient; their copy can.
     return lambda z: F.cross_entropy(model(z), y.clone(), reduction="sum")
 
 
@@ -310,8 +306,8 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
     ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop silently and report robustness. So would one whose
-    gradient is exactly 0: a warning, once for each model.
+    of a NaN is 0, so the attack would stop unseen and report robustness. A gradient of exactly 0
+    does not move an image either: `tell_zero_gradients` looks at that of the last step.
     """
     if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
@@ -340,14 +336,14 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 def tell_zero_gradients(model, grad):
     """Warns, once for each model, if more than a tenth of the images have a gradient of 0."""
     share = float((grad == 0).flatten(1).all(1).float().mean())
-    if share > 0.1 and model not in told_of:
-        told_of.add(model)
-        warnings.warn(f"{share:.0%} of the images that were attacked have a gradient of exactly 0, "
-                      "which moves nothing and proves no robustness; look for the cause with "
+    if share > 0.1 and model not in warned_models:
+        warned_models.add(model)
+        warnings.warn(f"{share:.0%} of the images under attack have a gradient of exactly 0. That "
+                      "moves nothing and proves no robustness; for the cause see the repository's "
                       "python train.py --evaluate CKPT --checks", stacklevel=3)
 
 
-told_of = WeakSet()                                                     # models
+warned_models = WeakSet()
 
 
 def pgd_at_loss(model, x, y, eps, alpha, steps):
@@ -448,19 +444,19 @@ def frozen(model):
     must not attack one model at a time: each would restore what the other has set.
     """
     modes = [(module, module.training) for module in model.modules()]
-    wishes = [(w, w.requires_grad) for w in model.parameters()]
-    outermost = [module for module in model.modules() if not hasattr(module, "kept")]
+    gradient_flags = [(w, w.requires_grad) for w in model.parameters()]
+    entered = [module for module in model.modules() if not hasattr(module, "kept")]
     try:
-        for module in outermost:
+        for module in entered:
             module.kept = {}                                            # what `once` has made
         model.eval().requires_grad_(False)
         yield
     finally:
-        for module in outermost:
+        for module in entered:
             vars(module).pop("kept", None)
         for module, training in modes:
             module.training = training
-        for w, wants_gradient in wishes:
+        for w, wants_gradient in gradient_flags:
             w.requires_grad_(wants_gradient)
 
 
@@ -472,7 +468,8 @@ def once(module, key, make):
     counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    weights = [*module.parameters(), *module.buffers()]     # DataParallel's replicas on GPUs: none
+    # A replica of DataParallel's on a GPU has none of its own.
+    weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
                 or any(w.requires_grad or w.is_inference() for w in weights)):
@@ -480,7 +477,8 @@ def once(module, key, make):
         state = [key, *((w.data_ptr(), w._version) for w in weights)]
         if module.kept.get("state") != state:
             with torch.inference_mode(False):                           # an attack may follow
-                held = [w.detach() for w in weights]                    # so are their addresses
+                # While these are held no other tensor can take their addresses.
+                held = [w.detach() for w in weights]
                 module.kept = {"state": state, "held": held, "result": make()}
         return module.kept["result"]
 
@@ -512,7 +510,7 @@ def demo(parser, build):
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
         for epoch in range(args.epochs):
-            # At full eps a block without an activation never starts: eps grows with the epochs.
+            # At full eps a block without an activation never begins to learn: eps grows.
             ramp = min(1.0, 2 * (epoch + 0.5) / args.epochs)
             for x, y in DataLoader(train, batch_size=64, shuffle=True):
                 x, y = x.to(args.device), y.to(args.device)

@@ -70,25 +70,25 @@ def selective_scan_loop(u, dt, A, B, C, D):
 
 
 def selective_scan(u, dt, A, B, C, D):
-    """selective_scan_loop(...), the same numbers: its gradient in closed form, linear memory."""
+    """What selective_scan_loop returns, with the gradient in closed form and less memory."""
     u, dt, B, C = (v.to(A.dtype) for v in (u, dt, B, C))                    # not in bf16
     if len(u) == 0:
         return u                                            # no images, no chunks
-    # The loop broadcasts what has one row only.
+    # Sizes of 1 are expanded, as the loop broadcasts them.
     dt = dt.expand_as(u)
     A = A.expand(u.shape[2], -1)
     B, C = (v.expand(*u.shape[:2], A.shape[1]) for v in (B, C))
     if u.is_cuda and TritonScan is not None:
         return TritonScan.apply(u, dt, A, B, C, D)
-    # On a CPU few images at a time: then a chunk of SIZE states, what its cache holds, has 8 steps.
+    # On a CPU few images go at a time: a chunk of SIZE states fits the cache and has 8 steps.
     n = len(u) if u.is_cuda else max(1, SelectiveScan.SIZE // (8 * A.numel()))
     parts = zip(*(v.split(n) for v in (u, dt, B, C)))
     return torch.cat([SelectiveScan.apply(u, dt, A, B, C, D) for u, dt, B, C in parts])
 
 
 class SelectiveScan(torch.autograd.Function):
-    """The same map and its gradient with memory O(b L d): states are kept at chunk borders only and
-    computed again, chunk by chunk, in backward (Mamba, Sec. 3.3.2, "recomputation").
+    """The same map and its gradient. States are kept at the borders of chunks alone and computed
+    again, chunk by chunk, in backward (Mamba, Sec. 3.3.2, "recomputation").
 
     Let a_t = e^{dt_t A}, w_t = dt_t u_t, g_t = dloss/dy_t and e_t = dloss/dh_t. From
         h_t = a_t h_{t-1} + w_t B_t,    y_t = sum_n C_t h_t + D u_t
@@ -97,7 +97,7 @@ class SelectiveScan(torch.autograd.Function):
         dC_t = sum_d g_t h_t        dB_t = sum_d w_t e_t        dw_t = sum_n B_t e_t
         q_t  = e_t a_t h_{t-1}   (the gradient of dt_t A)       dA = sum_{b,t} dt_t q_t
         du_t = dt_t dw_t + D g_t    ddt_t = u_t dw_t + sum_n A q_t    dD = sum_{b,t} g_t u_t
-    No exponential of a positive number and no division occurs: nothing can overflow.
+    No exponential of a positive number and no division occurs: no power of a_t can overflow.
 
     All chunks share three buffers (T + 1, b, N, d), so that no large tensor is made per chunk.
     """
@@ -159,9 +159,9 @@ class SelectiveScan(torch.autograd.Function):
         for h, (dt_c, w_c, B_c, C_c, g_c) in zip(reversed(borders), reversed(pieces)):
             T = len(dt_c)
             a, hs = SelectiveScan.states(h, dt_c, w_c, A_t, B_c, a_buffer, h_buffer)
-            # Buffers are used again, so the order counts: dC's product lies where e comes next, q
-            # takes the place of the states, and dB's product that of e.
-            dC = torch.mul(hs[1:], g_c[:, :, None], out=e_buffer[1:T + 1]).sum(-1)      # (T, b, N)
+            # Buffers are used again, so the order counts. e takes the place of dC's product, q that
+            # of the states, dA's product that of a, dB's product that of e.
+            dC = torch.mul(hs[1:], g_c[:, :, None], out=e_buffer[:T]).sum(-1)   # (T, b, N)
             e = torch.mul(g_c[:, :, None], C_c[..., None], out=e_buffer[:T])    # (T, b, N, d)
             e[-1] += carry
             for t in range(T - 2, -1, -1):
@@ -220,8 +220,8 @@ class Mamba(nn.Module):
 
     def parameters_of(self, u):
         """What u (B, L, d) selects: dt (B, L, d) > 0, A (d, N) < 0, B and C (B, L, N)."""
-        dt, B, C = self.select(u).split([self.rank, self.N, self.N], -1)
-        return F.softplus(self.step(dt)), -torch.exp(self.log_minus_A), B, C
+        low_rank, B, C = self.select(u).split([self.rank, self.N, self.N], -1)
+        return F.softplus(self.step(low_rank)), -torch.exp(self.log_minus_A), B, C
 
     def forward(self, z):
         u, gate = self.into(z).chunk(2, -1)                                 # (B, L, d) each
@@ -235,7 +235,7 @@ class Mamba(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """Images -> tokens -> n x { z = LayerNorm(z + Mamba(z)) } -> mean over tokens -> logits.
+    """Images -> tokens -> LayerNorm -> n x { z = LayerNorm(z + Mamba(z)) } -> mean -> logits.
 
     in_channels, n_classes  int         colours of an image, classes
     d_model, d_state        int         channels H, states N of an inner channel
@@ -282,7 +282,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units; or a list, one for each step
+    alpha   float         step, pixel units; or a list, one for each step: its length counts then
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
@@ -304,6 +304,7 @@ def fgsm(model, x, y, eps):
 
 def summed_cross_entropy(model, y):
     """The function z -> CE(model(z), y), summed over the batch."""
+    # Labels made in inference mode cannot be kept for a gradient; their copy can.
     return lambda z: F.cross_entropy(model(z), y.clone(), reduction="sum")
 
 
@@ -314,8 +315,8 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
     ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop silently and report robustness. So would one whose
-    gradient is exactly 0: a warning, once for each model.
+    of a NaN is 0, so the attack would stop unseen and report robustness. A gradient of exactly 0
+    does not move an image either: `tell_zero_gradients` looks at that of the last step.
     """
     if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
@@ -344,14 +345,14 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 def tell_zero_gradients(model, grad):
     """Warns, once for each model, if more than a tenth of the images have a gradient of 0."""
     share = float((grad == 0).flatten(1).all(1).float().mean())
-    if share > 0.1 and model not in told_of:
-        told_of.add(model)
-        warnings.warn(f"{share:.0%} of the images that were attacked have a gradient of exactly 0, "
-                      "which moves nothing and proves no robustness; look for the cause with "
+    if share > 0.1 and model not in warned_models:
+        warned_models.add(model)
+        warnings.warn(f"{share:.0%} of the images under attack have a gradient of exactly 0. That "
+                      "moves nothing and proves no robustness; for the cause see the repository's "
                       "python train.py --evaluate CKPT --checks", stacklevel=3)
 
 
-told_of = WeakSet()                                                     # models
+warned_models = WeakSet()
 
 
 def pgd_at_loss(model, x, y, eps, alpha, steps):
@@ -452,19 +453,19 @@ def frozen(model):
     must not attack one model at a time: each would restore what the other has set.
     """
     modes = [(module, module.training) for module in model.modules()]
-    wishes = [(w, w.requires_grad) for w in model.parameters()]
-    outermost = [module for module in model.modules() if not hasattr(module, "kept")]
+    gradient_flags = [(w, w.requires_grad) for w in model.parameters()]
+    entered = [module for module in model.modules() if not hasattr(module, "kept")]
     try:
-        for module in outermost:
+        for module in entered:
             module.kept = {}                                            # what `once` has made
         model.eval().requires_grad_(False)
         yield
     finally:
-        for module in outermost:
+        for module in entered:
             vars(module).pop("kept", None)
         for module, training in modes:
             module.training = training
-        for w, wants_gradient in wishes:
+        for w, wants_gradient in gradient_flags:
             w.requires_grad_(wants_gradient)
 
 
@@ -476,7 +477,8 @@ def once(module, key, make):
     counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    weights = [*module.parameters(), *module.buffers()]     # DataParallel's replicas on GPUs: none
+    # A replica of DataParallel's on a GPU has none of its own.
+    weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
                 or any(w.requires_grad or w.is_inference() for w in weights)):
@@ -484,7 +486,8 @@ def once(module, key, make):
         state = [key, *((w.data_ptr(), w._version) for w in weights)]
         if module.kept.get("state") != state:
             with torch.inference_mode(False):                           # an attack may follow
-                held = [w.detach() for w in weights]                    # so are their addresses
+                # While these are held no other tensor can take their addresses.
+                held = [w.detach() for w in weights]
                 module.kept = {"state": state, "held": held, "result": make()}
         return module.kept["result"]
 
@@ -516,7 +519,7 @@ def demo(parser, build):
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
         for epoch in range(args.epochs):
-            # At full eps a block without an activation never starts: eps grows with the epochs.
+            # At full eps a block without an activation never begins to learn: eps grows.
             ramp = min(1.0, 2 * (epoch + 0.5) / args.epochs)
             for x, y in DataLoader(train, batch_size=64, shuffle=True):
                 x, y = x.to(args.device), y.to(args.device)

@@ -16,7 +16,8 @@ Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 
            S4       Gu et al. 2022, arXiv 2111.00396       TRADES  Zhang et al. 2019, 1901.08573
            DSS      Gupta et al. 2022, arXiv 2203.14343    FGSM    Goodfellow et al. 2015, 1412.6572
            S5       Smith et al. 2023, arXiv 2208.04933    HiPPO   Gu et al. 2020, 2008.07669
-Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel (S5: P, of all)
+Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel; in S5
+           P = d_state states, of all channels together
            u (B, L, H) input of the map, y (B, L, H) its output, x image, delta its perturbation
            A B C D the paper's matrices, A' B' discretised, dt step size, lam eigenvalues of A
            K convolution kernel, K_hat its Fourier transform, z* the complex conjugate of z
@@ -54,7 +55,7 @@ def hippo_legs(N):
 
     Returns lam (N,), P (N,), B (N,), V (N, N), complex128, sorted by the imaginary part of lam, so
     that the second half of an even N holds one of each conjugate pair.
-    A + p p^T is -1/2 plus a skew matrix, so V is unitary and eigh applies.
+    With p_n = sqrt(n + 1/2), P = V* p, A + p p^T is -1/2 plus a skew matrix: V is unitary.
     """
     n = torch.arange(N, dtype=torch.float64)
     p = (n + 0.5).sqrt()
@@ -83,7 +84,7 @@ def log_uniform(size, low=1e-3, high=1e-1):
 
 def parameter(z):
     """z as a Parameter of torch's default dtype; a complex z (...) as real pairs (..., 2)."""
-    v = torch.view_as_real(z.resolve_conj()) if z.is_complex() else z
+    v = torch.view_as_real(z) if z.is_complex() else z
     return nn.Parameter(v.to(torch.get_default_dtype(), copy=True))
 
 
@@ -103,30 +104,11 @@ def convolve(u, K_hat):
     return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].mT
 
 
-class FrozenConvolution(torch.autograd.Function):
-    """convolve(u, K_hat) for a kernel that is constant, as in an attack; u needs a gradient alone.
-
-    The gradient of a convolution is a correlation, the same map with K_hat conjugated. It is
-    written out since autograd takes complex FFTs of the full length where real ones do.
-    """
-
-    @staticmethod
-    def forward(ctx, u, K_hat):
-        ctx.save_for_backward(K_hat)
-        return convolve(u, K_hat)
-
-    @staticmethod
-    def backward(ctx, g):
-        K_hat, = ctx.saved_tensors
-        return FrozenConvolution.apply(g, K_hat.conj()), None
-
-
 def apply_kernel(ssm, u):
     """y (B, L, H): kernel(L) of the ssm convolved with u (B, L, H). `frozen` keeps the FFT of K."""
     L = u.shape[1]
     K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L))      # (H, L+1)
-    u = u.to(K_hat.real.dtype)                                              # not in bf16
-    return convolve(u, K_hat) if K_hat.requires_grad else FrozenConvolution.apply(u, K_hat)
+    return convolve(u.to(K_hat.real.dtype), K_hat)                          # not in bf16
 
 
 def cauchy(w, lam, s, c):
@@ -148,7 +130,7 @@ class S4(nn.Module):
     """S4: A = lam - P P* shared by all channels, dt and C per channel.      Gu et al. 2022, Alg. 1
 
     d_model  int  channels H
-    d_state  int  states N, even: of N/2 conjugate pairs one number each is stored
+    d_state  int  states N, even: N/2 conjugate pairs, of each one number is stored
 
     (B, L, H) -> (B, L, H). As in the paper (App. C.3) the learned output matrix is
     C~ = C (1 - A'^L), which spares the power A'^L; so the model belongs to the length that it was
@@ -223,7 +205,7 @@ class S4(nn.Module):
 
 
 def vandermonde(c, log_lam, L):
-    """K_l = sum_n c_n lam_n^l for l < L.                  S4D (2206.11893), Vandermonde product
+    """K_l = sum_n c_n lam_n^l for l < L, a Vandermonde product.   S4D (Gu et al. 2022, 2206.11893)
 
     c, log_lam  (H, N)  real or complex, |lam| <= 1            returns (H, L)
     With l = q T + r the powers factor, lam^l = lam^(qT) lam^r: about 2 sqrt(L) exponentials for
@@ -231,8 +213,8 @@ def vandermonde(c, log_lam, L):
     """
     T = math.isqrt(L - 1) + 1
     r = torch.arange(T, device=c.device, dtype=log_lam.real.dtype)
-    q = T * torch.arange(-(-L // T), device=c.device, dtype=log_lam.real.dtype)
-    left = c[:, None] * torch.exp(log_lam[:, None] * q[:, None])            # (H, Q, N)
+    qT = T * torch.arange(-(-L // T), device=c.device, dtype=log_lam.real.dtype)
+    left = c[:, None] * torch.exp(log_lam[:, None] * qT[:, None])           # (H, L/T, N)
     right = torch.exp(log_lam[:, :, None] * r)                              # (H, N, T)
     return (left @ right).flatten(1)[:, :L]                                 # (H, L)
 
@@ -288,7 +270,9 @@ class DSS(nn.Module):
 
 
 class Scan(torch.autograd.Function):
-    """h_t = a h_{t-1} + b_t for all t, in about 2 sqrt(L) steps instead of L.          S5, App. H
+    """h_t = a h_{t-1} + b_t for all t, by chunks: in about 2 sqrt(L) steps instead of L.
+
+    S5's recurrence (Smith et al. 2023, Sec. 2.2); there a parallel scan computes it (App. H).
 
     a  (P,)  |a| <= 1    b  (B, L, P)    returns h (B, L, P), from h = 0; real or complex
 
@@ -329,10 +313,10 @@ def pairs(z):
 
 
 class S5(nn.Module):
-    """S5: one MIMO system for all channels, diagonal A, parallel scan.            Smith et al. 2023
+    """S5: one system for all channels, diagonal A, computed by a scan.   Smith et al. 2023, Sec. 3
 
     d_model  int  channels H
-    d_state  int  complex states P of the layer (the paper here: P = d_model)
+    d_state  int  complex states P of the layer (Qi et al. take P = d_model)
 
     (B, L, H) -> (B, L, H): h_t = A' h_{t-1} + B' u_t, y_t = Re(C h_t) + D u_t, by zero-order hold
     A' = e^{lam dt}, B' = lam^-1 (e^{lam dt} - 1) B, dt per state (Sec. 3.2).
@@ -399,7 +383,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images -> tokens -> n x { z = LayerNorm(z + Block(z)) } -> mean over tokens -> logits.
+    """Images -> tokens -> LayerNorm -> n x { z = LayerNorm(z + Block(z)) } -> mean -> logits.
 
     in_channels, n_classes  int         colours of an image, classes
     d_model, d_state        int         channels H, states N of a sequence map
@@ -448,7 +432,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units; or a list, one for each step
+    alpha   float         step, pixel units; or a list, one for each step: its length counts then
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
@@ -470,6 +454,7 @@ def fgsm(model, x, y, eps):
 
 def summed_cross_entropy(model, y):
     """The function z -> CE(model(z), y), summed over the batch."""
+    # Labels made in inference mode cannot be kept for a gradient; their copy can.
     return lambda z: F.cross_entropy(model(z), y.clone(), reduction="sum")
 
 
@@ -480,8 +465,8 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
     ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop silently and report robustness. So would one whose
-    gradient is exactly 0: a warning, once for each model.
+    of a NaN is 0, so the attack would stop unseen and report robustness. A gradient of exactly 0
+    does not move an image either: `tell_zero_gradients` looks at that of the last step.
     """
     if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
@@ -510,14 +495,14 @@ def ascend(model, loss, x, start, eps, alpha, steps):
 def tell_zero_gradients(model, grad):
     """Warns, once for each model, if more than a tenth of the images have a gradient of 0."""
     share = float((grad == 0).flatten(1).all(1).float().mean())
-    if share > 0.1 and model not in told_of:
-        told_of.add(model)
-        warnings.warn(f"{share:.0%} of the images that were attacked have a gradient of exactly 0, "
-                      "which moves nothing and proves no robustness; look for the cause with "
+    if share > 0.1 and model not in warned_models:
+        warned_models.add(model)
+        warnings.warn(f"{share:.0%} of the images under attack have a gradient of exactly 0. That "
+                      "moves nothing and proves no robustness; for the cause see the repository's "
                       "python train.py --evaluate CKPT --checks", stacklevel=3)
 
 
-told_of = WeakSet()                                                     # models
+warned_models = WeakSet()
 
 
 def pgd_at_loss(model, x, y, eps, alpha, steps):
@@ -618,19 +603,19 @@ def frozen(model):
     must not attack one model at a time: each would restore what the other has set.
     """
     modes = [(module, module.training) for module in model.modules()]
-    wishes = [(w, w.requires_grad) for w in model.parameters()]
-    outermost = [module for module in model.modules() if not hasattr(module, "kept")]
+    gradient_flags = [(w, w.requires_grad) for w in model.parameters()]
+    entered = [module for module in model.modules() if not hasattr(module, "kept")]
     try:
-        for module in outermost:
+        for module in entered:
             module.kept = {}                                            # what `once` has made
         model.eval().requires_grad_(False)
         yield
     finally:
-        for module in outermost:
+        for module in entered:
             vars(module).pop("kept", None)
         for module, training in modes:
             module.training = training
-        for w, wants_gradient in wishes:
+        for w, wants_gradient in gradient_flags:
             w.requires_grad_(wants_gradient)
 
 
@@ -642,7 +627,8 @@ def once(module, key, make):
     counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    weights = [*module.parameters(), *module.buffers()]     # DataParallel's replicas on GPUs: none
+    # A replica of DataParallel's on a GPU has none of its own.
+    weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
                 or any(w.requires_grad or w.is_inference() for w in weights)):
@@ -650,7 +636,8 @@ def once(module, key, make):
         state = [key, *((w.data_ptr(), w._version) for w in weights)]
         if module.kept.get("state") != state:
             with torch.inference_mode(False):                           # an attack may follow
-                held = [w.detach() for w in weights]                    # so are their addresses
+                # While these are held no other tensor can take their addresses.
+                held = [w.detach() for w in weights]
                 module.kept = {"state": state, "held": held, "result": make()}
         return module.kept["result"]
 
@@ -682,7 +669,7 @@ def demo(parser, build):
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
         for epoch in range(args.epochs):
-            # At full eps a block without an activation never starts: eps grows with the epochs.
+            # At full eps a block without an activation never begins to learn: eps grows.
             ramp = min(1.0, 2 * (epoch + 0.5) / args.epochs)
             for x, y in DataLoader(train, batch_size=64, shuffle=True):
                 x, y = x.to(args.device), y.to(args.device)

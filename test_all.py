@@ -13,7 +13,6 @@ script, `attack` for each attack and loss, `L` for eight lengths.
 import copy
 import functools
 import inspect
-import math
 import os
 import pickle
 import re
@@ -935,7 +934,7 @@ def needs(folder):
 
 def settings(*words):
     """The settings of a command line, on the CPU."""
-    p = train.new_parser("")
+    p = train.Parser("")
     defaults = train.add_flags(p)
     c = train.settings(p.given([*words, "--device", "cpu"]), defaults)
     train.check(c)

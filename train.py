@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Train one model of the three scripts, from images to the paper's row.
 
-    python train.py --model s4 --ads --dataset synthetic             # a minute on a laptop
+    python train.py --model s4 --ads --dataset synthetic             # half a minute of a laptop
     python train.py --model s4 --ads --dataset cifar10               # the paper's protocol
     python train.py --resume runs/NAME                               # goes on after a cut
     torchrun --nproc-per-node 4 train.py --model s4 --ads            # the same on four GPUs
@@ -14,8 +14,9 @@ Papers     AdS     Qi et al. 2024, arXiv 2406.05532         PGD   Madry et al. 2
            FreeAT  Shafahi et al. 2019, arXiv 1904.12843
 Glossary   x (B, C, h, w) images in [0, 1], y (B,) labels, c the run's settings (a flat namespace),
            eps radius and alpha step, pixel units (8/255, not 8), rank and world: torchrun's
-Chance     Every random number is a function of --seed and the place it is used at (`seed_of`), not
-           of what came before. So a run that was cut goes on exactly, and no random state is saved.
+Chance     Every random number of a run is a function of --seed and the place it is used at
+           (`seed_of`), not of what came before. So a run that was cut goes on exactly, and no
+           random state is saved. The synthetic images are always the same.
 Not here   the models and PGD (the scripts); what asks questions of a trained model (lab/).
 """
 import argparse
@@ -57,8 +58,8 @@ OWNERS = {"steps": ("pgd", "trades"), "beta": ("trades",), "replays": ("free",),
           "d_hidden": ("attention", "vit"), "d_state": tuple(SCRIPTS),
           "patch_size": (*SCRIPTS, "vit")}
 
-# The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours: a
-# minute on a laptop. Whatever the command line leaves out comes from here.
+# The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours, for
+# a laptop. What is not given on the command line and depends on the data set comes from here.
 PAPER = dict(d_model=128, d_state=64, n_layers=4, d_hidden=256, epochs=180, batch_size=256, lr=1e-3,
              weight_decay=2e-4, eps=8 / 255, alpha=2 / 255, steps=10, beta=6.0, pad=4, flip=True)
 PRESETS = {
@@ -178,9 +179,8 @@ def torchvision_data(name, root):
     x, y, x_test, y_test = tensors
     if name == "mnist":                                                     # (n, h, w)
         return x[:, None], y, x_test[:, None], y_test
-    to_channels_first = 0, 3, 1, 2                                          # (n, h, w, C)
-    return (x.permute(to_channels_first).contiguous(), y,
-            x_test.permute(to_channels_first).contiguous(), y_test)
+    # from (n, h, w, C)
+    return x.movedim(3, 1).contiguous(), y, x_test.movedim(3, 1).contiguous(), y_test
 
 
 def drawn_digits(n, seed, size=28):
@@ -250,7 +250,7 @@ def loss_backward(c, model, x, y, eps, alpha):
     """standard, pgd and trades: the scripts' losses, c.micro_batch images at a time if given."""
     script = script_of(c.model)
     total_loss = 0.0
-    n = c.micro_batch or max(1, len(x))
+    n = c.micro_batch or len(x)
     for x_n, y_n in zip(x.split(n), y.split(n)):
         if c.method == "standard":
             loss = F.cross_entropy(model(x_n), y_n)
@@ -314,8 +314,10 @@ def yopo_backward(model, x, y, eps, alpha, passes, inner):
 class Run:
     """One training run. What a checkpoint keeps of it is said in `save`."""
 
-    def __init__(self, c):
+    def __init__(self, c, n):
         self.c = c                              # the settings
+        self.n = n                              # training images
+        self.batches = math.ceil(n / c.batch_size)              # of an epoch
         self.model = build(c)
         self.optimizer = torch.optim.AdamW(s4_adv.param_groups(self.model, c.weight_decay), lr=c.lr)
         self.replays = c.replays if c.method == "free" else 1   # optimiser steps on a batch
@@ -424,13 +426,6 @@ def open_to_append(path):
     return open(path, "a", opener=open_no_link)
 
 
-def probe(folder):
-    """UserError if nothing can be written into a folder: that is said before the work."""
-    path = folder / f".probe-{os.getpid()}"
-    write(path, "")
-    path.unlink()
-
-
 def write_csv(path, rows):
     """A table of dicts with the same keys."""
     table = io.StringIO()
@@ -488,10 +483,11 @@ def read_checkpoint(path, flag):
 
 
 def check_saved(config):
-    """Raises something unless a checkpoint's settings could stand on a command line."""
-    ",".join(config["attacks"])                 # all are words; their names are checked with lab/
+    """Raises an exception unless a checkpoint's settings could stand on a command line."""
+    if not all(isinstance(word, str) for word in config["attacks"]):        # names: see lab/
+        raise TypeError("attacks")
     elsewhere = {"attacks", "device", "out", "resume"}
-    p = new_parser("")
+    p = Parser("")
     defaults = add_flags(p)
     words = []
     for name in defaults.keys() & config.keys() - elsewhere:
@@ -518,9 +514,9 @@ def restore(run, state):
         for name in PLACE:
             setattr(run, name, state[name])
         for row in run.rows:
-            format_row(row, run.c)
-        sums = [run.loss, run.seconds, *(row["seconds"] for row in run.rows), *(run.best or ())]
-        if not (0 <= run.batch <= run.batches and math.isfinite(sum(sums))
+            format_row(row, run.c)              # raises one of these if the row is damaged
+        numbers = [run.loss, run.seconds, *(row["seconds"] for row in run.rows), *(run.best or ())]
+        if not (0 <= run.batch <= run.batches and math.isfinite(sum(numbers))
                 and len(run.rows) == run.epoch <= run.epochs):
             raise ValueError("its numbers do not go together")
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
@@ -562,21 +558,21 @@ def total(values, device):
 
 
 def synchronise(model, share, numbers):
-    """Gradients summed over processes with weight share = n_local / n: that of the whole batch.
+    """Sums the gradients over processes, each times share = n_local / n: that of the whole batch.
 
     One flat all_reduce after each backward pass: what DDP does, but without hooks in the forward
     pass, so that attacks cannot trigger it, and FreeAT and YOPO, which walk backwards as they
-    like, need no exception. numbers travel along, and are returned summed.
+    like, need no exception. Returns the sums of the numbers, which travel along.
     """
     if world() == 1:
         return numbers
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     flat = torch.cat([g.flatten() * share for g in grads] + [grads[0].new_tensor(numbers)])
     dist.all_reduce(flat)
-    *sums, numbers = flat.split([g.numel() for g in grads] + [len(numbers)])
-    for p, g in zip(model.parameters(), sums):
+    *gradients, summed = flat.split([g.numel() for g in grads] + [len(numbers)])
+    for p, g in zip(model.parameters(), gradients):
         p.grad = g.view_as(p)
-    return numbers.tolist()
+    return summed.tolist()
 
 
 def machine(c):
@@ -593,7 +589,7 @@ def machine(c):
 
 def descend(run, x, y, n, eps, alpha):
     """One optimiser step on a batch of n images, of which x, y are this process's part. Returns the
-    loss summed over the batch.  UserError if it, or a gradient, is not finite."""
+    loss summed over the batch.  UserError if the loss or a gradient is not finite."""
     run.optimizer.zero_grad()
     loss = 0.0
     try:
@@ -614,8 +610,8 @@ def descend(run, x, y, n, eps, alpha):
 
 
 def train_batch(run, x, y, n):
-    """All optimiser steps on one batch: one, or FreeAT's replays. Returns descend's loss, or its
-    mean. Through c.eps_warmup epochs eps and alpha grow from 0."""
+    """All optimiser steps on one batch: one, or FreeAT's replays. Returns the batch's summed loss,
+    the mean over replays. Through c.eps_warmup epochs eps and alpha grow from 0."""
     c = run.c
     ramp = 1.0
     if c.eps_warmup:
@@ -636,7 +632,7 @@ def train_epoch(run, images, labels):
         group["lr"] = c.lr * 0.5 * (1 + math.cos(math.pi * run.epoch / run.epochs))
     run.model.train()
     run.busy = True
-    while run.batch < len(batches):
+    while run.batch < run.batches:
         i = batches[run.batch]
         x, y = images[i], labels[i]
         if c.pad or c.flip:
@@ -649,7 +645,7 @@ def train_epoch(run, images, labels):
         run.batch += 1
         run.seconds = time.monotonic() - start
         show_progress(run)
-        if run.stop or run.due or run.batch == len(batches):
+        if run.stop or run.due or run.batch == run.batches:
             save(run)
         if run.stop:
             raise KeyboardInterrupt
@@ -697,9 +693,7 @@ def at_signals(interrupt, terminate):
 
 def train_model(c, data, state=None):
     """The whole run, from a checkpoint's state or the beginning; ends with the paper's row."""
-    run = Run(c)
-    run.n = len(data["train"][0])               # training images
-    run.batches = -(-run.n // c.batch_size)     # of an epoch
+    run = Run(c, len(data["train"][0]))
     stop_at_signal(run)
     if state is None:
         greet(run)
@@ -976,13 +970,6 @@ def fractions(text):
     return [fraction(v) for v in text.split(",")]
 
 
-def counts(text):
-    """'1,5,10' -> [1, 5, 10]."""
-    if not all(v.isdecimal() for v in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers; write it as 1,5,10")
-    return [int(v) for v in text.split(",")]
-
-
 def comma_list(text):
     return text.split(",")
 
@@ -1008,26 +995,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, argument_default=argparse.SUPPRESS,
                          allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                          **kw)
+        self._negative_number_matcher = re.compile(r"-[\d.]")   # -1/255 is a value, and no flag
 
     def error(self, message):
         raise UserError(message)
 
     def given(self, words):
         """{flag: value} of the command line."""
-        joined = []                             # what begins like -1/255 is a value, and no flag
-        for word in words:
-            if joined and joined[-1].startswith("--") and re.match(r"-[\d.]", word):
-                joined[-1] += f"={word}"
-            else:
-                joined.append(word)
-        found = vars(self.parse_args(joined))
+        found = vars(self.parse_args(words))
         for name, value in found.items():
             if value == "":
                 self.error(f"--{name.replace('_', '-')} is empty; give a value, or leave it out")
         return found
-
-
-new_parser = Parser
 
 
 BY_DATA = "by data set"
@@ -1036,7 +1015,7 @@ BY_DATA = "by data set"
 def add_flags(p, only=None):
     """Adds training's flags to a parser, or only those named: name, type, default, meaning.
 
-    Returns {flag: default}: argparse does not set them, so that a given value can be told.
+    Returns {flag: default}. argparse sets none, so that `given` holds only what the user wrote.
     """
     only = None if only is None else only.split()
     defaults = {}
@@ -1044,8 +1023,8 @@ def add_flags(p, only=None):
     def flag(names, kind, default, help, shown=None, **kw):
         dest = names.split()[0][2:].replace("-", "_")
         if only is None or dest in only:
-            text = f"{help} (default: {shown or default})".replace("%", "%%")
-            p.add_argument(*names.split(), type=kind, help=text, **kw)
+            p.add_argument(*names.split(), type=kind, help=f"{help} (default: {shown or default})",
+                           **kw)
             defaults[dest] = None if default == BY_DATA else default
     flag("--model", str, "s4", "sequence model, or cnn, vit: plain networks to compare with",
          choices=(*SCRIPTS, *BASELINES) if only is None else tuple(SCRIPTS))
@@ -1070,7 +1049,7 @@ def add_flags(p, only=None):
     flag("--beta", float, BY_DATA, "TRADES: weight of the robust term, no unit")
     flag("--replays", int, 4, "FreeAT: replays of a batch; epochs are divided by M", metavar="M")
     flag("--yopo", pair, [5, 3], "YOPO: full passes and inner steps", "5-3", metavar="M-N")
-    flag("--eps-warmup", float, BY_DATA, "eps and alpha grow from 0 over the first E epochs",
+    flag("--eps-warmup", float, 0.0, "eps and alpha grow from 0 over the first E epochs",
          "0; synthetic 3", metavar="E")
     flag("--d-model", int, BY_DATA, "channels", metavar="H")
     flag("--d-state", int, BY_DATA, "states of a sequence map",
@@ -1123,7 +1102,6 @@ def settings(given, defaults):
     c = SimpleNamespace(**vars(c) | given)
     if "d_state" not in given:
         c.d_state = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
-    c.eps_warmup = c.eps_warmup or 0.0
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return c
 
@@ -1148,33 +1126,34 @@ def check(c):
             refuse(name, "it must be a number of at least 0, below 2^31")
     in_the_box = "it must lie in [0, 1], pixel units; 8/255, not 8"
     h, w = c.shape[1:]
-    for name, good, why in (
-            ("eps", 0 <= c.eps <= 1, in_the_box),
-            ("alpha", 0 <= c.alpha <= 1, in_the_box),
-            ("alphas", all(0 <= a <= 1 for a in c.alphas or ()),
-             "they must lie in [0, 1], pixel units; 2/255, not 2"),
-            ("alphas", not c.alphas or c.method in ("pgd", "trades") and len(c.alphas) == c.steps,
-             f"give one for each of the {c.steps} --steps, with --method pgd or trades"),
-            ("lr", 0 < c.lr < 1e30, "it must be a number above 0, below 1e30"),
-            ("yopo", all(1 <= n < 2 ** 31 for n in c.yopo), "give numbers from 1 on, as in 5-3"),
-            ("control", not (c.ads and c.control),
-             f"it stands in the place of --ads {c.ads}; give one of them"),
-            ("model", c.model not in BASELINES or not (c.ads or c.control),
-             "it has no sequence map, behind which --ads or --control could stand"),
-            ("model", c.model != "vit" or c.d_model % 4 == 0,
-             f"it has 4 heads; --d-model {c.d_model} must be divisible by 4"),
-            ("model", c.model != "cnn" or h % 2 ** c.n_layers == w % 2 ** c.n_layers == 0,
-             f"its {c.n_layers} --n-layers halve an image of {h} x {w} pixels too often"),
-            ("d_state", c.model not in ("s4", "dss") or c.d_state % 2 == 0,
-             f"{c.model} stores conjugate pairs; give an even number"),
-            ("patch_size", h % c.patch_size == 0,
-             f"it does not divide an image of {h} x {w} pixels; give a divisor"),
-            ("classes", c.dataset == "tiny-imagenet" or c.classes == 10,
-             f"{c.dataset} has 10 classes; only tiny-imagenet takes another number"),
-            ("micro_batch", not c.micro_batch or c.method not in ("free", "yopo"),
-             f"--method {c.method} takes a batch at once; leave it out")):
-        if not good:
-            refuse(name, why)
+    if not 0 <= c.eps <= 1:
+        refuse("eps", in_the_box)
+    if not 0 <= c.alpha <= 1:
+        refuse("alpha", in_the_box)
+    if not all(0 <= alpha <= 1 for alpha in c.alphas or ()):
+        refuse("alphas", "they must lie in [0, 1], pixel units; 2/255, not 2")
+    if c.alphas and (c.method not in ("pgd", "trades") or len(c.alphas) != c.steps):
+        refuse("alphas", f"give one for each of the {c.steps} --steps, with --method pgd or trades")
+    if not 0 < c.lr < 1e30:
+        refuse("lr", "it must be a number above 0, below 1e30")
+    if not all(1 <= n < 2 ** 31 for n in c.yopo):
+        refuse("yopo", "give numbers from 1 on, as in 5-3")
+    if c.ads and c.control:
+        refuse("control", f"it stands in the place of --ads {c.ads}; give one of them")
+    if c.model in BASELINES and (c.ads or c.control):
+        refuse("model", "it has no sequence map, behind which --ads or --control could stand")
+    if c.model == "vit" and c.d_model % 4:
+        refuse("model", f"it has 4 heads; --d-model {c.d_model} must be divisible by 4")
+    if c.model == "cnn" and (h % 2 ** c.n_layers or w % 2 ** c.n_layers):
+        refuse("model", f"its {c.n_layers} --n-layers halve an image of {h} x {w} pixels too often")
+    if c.model in ("s4", "dss") and c.d_state % 2:
+        refuse("d_state", f"{c.model} stores conjugate pairs; give an even number")
+    if h % c.patch_size:
+        refuse("patch_size", f"it does not divide an image of {h} x {w} pixels; give a divisor")
+    if c.dataset != "tiny-imagenet" and c.classes != 10:
+        refuse("classes", f"{c.dataset} has 10 classes; only tiny-imagenet takes another number")
+    if c.micro_batch and c.method in ("free", "yopo"):
+        refuse("micro_batch", f"--method {c.method} takes a batch at once; leave it out")
     for spec in c.attacks:
         attacks_of(spec, c)
     check_device(c)
@@ -1196,7 +1175,7 @@ def refuse_idle(c, given):
 def check_device(c):
     """UserError if there is no such device, or if it cannot do c.precision."""
     try:
-        float(torch.zeros(1, device=c.device))                              # meta has no numbers
+        float(torch.zeros(1, device=c.device))                              # fails on meta, too
     except Exception:                           # each backend has its own
         raise UserError(f"--device {c.device}: there is no such device here; leave it out, or give "
                         "cpu") from None
@@ -1235,19 +1214,20 @@ def resumed(c, given):
     state = read_checkpoint(folder, "--resume")
     if "optimizer" not in state:
         raise UserError(f"--resume {folder}: its last.pt holds weights for --evaluate, not a run")
-    c = restored(c, given, state, folder, MAY_CHANGE)
+    c = checkpoint_settings(c, given, state, folder, MAY_CHANGE)
     c.out = str(folder)
     return c, state
 
 
-def restored(c, given, state, path, free):
-    """c with a checkpoint's settings, but for what is free and given.  UserError at a clash."""
+def checkpoint_settings(c, given, state, path, free):
+    """c with a checkpoint's settings; a given flag replaces one if it is in free, else it must be
+    equal: UserError."""
     config = state["config"]
     for k, v in given.items():
-        if k not in (*free, "resume", "out", "evaluate", "analyse") and config.get(k, v) != v:
+        if k not in (*free, "resume", "out") and config.get(k, v) != v:
             raise UserError(f"--{k.replace('_', '-')} {v}: {path} was trained with {config[k]}; "
                             "leave the flag out, or choose another run")
-    own = {k: v for k, v in config.items() if k in vars(c) or k == "shape"}
+    own = {k: v for k, v in config.items() if k in vars(c)}
     c = SimpleNamespace(**vars(c) | own | {"device": c.device})
     if "eps" in given and "eps" in free:
         c = at_radius(c, given["eps"])
@@ -1279,7 +1259,7 @@ def lock(out):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(held.fileno()).st_nlink == 0:
                 raise BlockingIOError                                       # given back just now
-        except ImportError:                                                 # not on Windows
+        except ImportError:                                                 # Windows has none
             pass
         except OSError:
             raise UserError(f"--out {out}: another process is training there; wait for it, or "
@@ -1321,8 +1301,8 @@ def run_from(words):
 
 
 def join_processes():
-    """Joins the other processes, if torchrun has started this one.  UserError where what it sets
-    is there in part, as under srun and mpirun: each process would train alone."""
+    """Joins the other processes, if torchrun has started this one.  UserError where only a part of
+    its variables is set: each process would train alone."""
     missing = [name for name in TORCHRUN if name not in os.environ]
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return
@@ -1340,7 +1320,8 @@ def join_processes():
 
 
 def complain(words, alone=False):
-    """To stderr, by the first process of a machine if all of them meet it, else alone."""
+    """Prints to stderr and returns exit code 2. An error that all processes of a machine meet is
+    told by the first; with alone=True by this one."""
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
             print(f"train.py: {words}", file=sys.stderr, flush=True)
@@ -1348,8 +1329,8 @@ def complain(words, alone=False):
 
 
 def lacks_memory(error):
-    """Is it that memory does not suffice? PyTorch's CPU allocator and CUDA's libraries have no
-    exception of their own for it."""
+    """True for a lack of memory. PyTorch's CPU allocator and CUDA's libraries have no exception of
+    their own for it."""
     signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
              "Storage size calculation overflowed")
     return (isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
@@ -1391,7 +1372,7 @@ def main(argv=None):
                         "--batch-size or model", alone=True)
     finally:
         at_signals(signal.default_int_handler, signal.SIG_DFL)
-        # gloo's processes may wait for a peer that has left: see `leave`.
+        # gloo would wait here for a peer that has left.
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
     return 0

@@ -18,10 +18,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import s4_adv
 import train
 from lab.certificate import certified_radius
+from lab.evaluate import probe
 from lab.figures import attempt, draw_changes
 from lab.ruggedness import ruggedness
 from lab.theory import attention_error, error_parts, gain, gain_bounds, local_gain, scan_errors
@@ -162,10 +164,16 @@ def measure_local_gain(mamba, u):
     return numbers
 
 
+def mixing(mega, u):
+    """Attention (B, L, L) and the values (B, L, V) that it mixes."""
+    _, z, _, _ = mega.split_gates(u)
+    return mega.attention(F.silu(z)), F.silu(mega.values(u))
+
+
 def measure_attention(mega, part):
     """P4 of Mega, of 20 images, since attention has L^2 numbers for each."""
-    P, V = mega.mixing(part.u[:20])
-    P_adv, V_adv = mega.mixing(part.u_adv[:20])
+    P, V = mixing(mega, part.u[:20])
+    P_adv, V_adv = mixing(mega, part.u_adv[:20])
     error, bound, tv, osc = attention_error(P, V, P_adv, V_adv)
     return {"|P'V' - PV|, largest": error.max(),
             "error / bound, largest": (error / bound).max(),
@@ -282,7 +290,7 @@ def print_tables(rows):
 
 def settings(words):
     """The settings c, the checkpoint's state or None, and where the results go, without suffix."""
-    p = train.new_parser("The paper's theory in numbers, of a checkpoint, or of the model that the "
+    p = train.Parser("The paper's theory in numbers, of a checkpoint, or of the model that the "
                          "flags describe, at initialisation.")
     train.add_flags(p, FLAGS)
     p.add_argument("--analyse", nargs="?", const=True, metavar="CKPT", required=True,
@@ -292,14 +300,14 @@ def settings(words):
     p.add_argument("--out", metavar="DIR", help="folder of the results (default: that of CKPT; at "
                    "initialisation runs/NAME)")
     given = p.given(words)
-    c = train.settings(given, train.add_flags(train.new_parser("")))
+    c = train.settings(given, train.add_flags(train.Parser("")))
     path = given["analyse"]
     state = None
     names = [c.dataset, c.model, f"ads_{c.ads}" if c.ads else c.control, c.method, f"seed{c.seed}"]
     stem = Path("runs") / "-".join(name for name in names if name) / "analysis"
     if path is not True:
         state = train.read_checkpoint(path, "--analyse")
-        c = train.restored(c, given, state, path, FREE)
+        c = train.checkpoint_settings(c, given, state, path, FREE)
         path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
         stem = path.with_name(f"{path.stem}-analysis")
     c.analyse = given["analyse"]
@@ -319,7 +327,7 @@ def main(words):
             for name, (x, y) in train.load_data(c).items()}
     sizes = {name: len(y) for name, (_, y) in sets.items()}
     stem.parent.mkdir(parents=True, exist_ok=True)
-    train.probe(stem.parent)
+    probe(stem.parent)
     seed = state["config"]["seed"] if state else c.seed
     start = train.build(SimpleNamespace(**vars(c) | {"seed": seed})).double()
     models = {"test": start, "train": start}

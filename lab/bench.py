@@ -27,6 +27,7 @@ import mamba_adv
 import s4_adv
 import train
 from lab import floor
+from lab.evaluate import counts
 
 # How a work is done; all forms but bf16 and no-ads compute the same numbers.
 FORMS = {"fast": "as the scripts have it",
@@ -314,20 +315,20 @@ def timings(c, L, rate):
 
 def settings(words):
     """The settings c of a command line.  UserError for what cannot be timed."""
-    p = train.new_parser("What a training step costs, beside a peer and a floor: a table, and "
+    p = train.Parser("What a training step costs, beside a peer and a floor: a table, and "
                          "bench.csv in --out. On a CPU --batch-size is 16 unless given.")
     train.add_flags(p, "model ads control dataset d_model d_state d_hidden n_layers patch_size "
                     "batch_size eps alpha steps precision seed device")
     p.add_argument("--bench", nargs="?", type=int, const=3, metavar="N",
                    help="interleaved runs of each work in each form (default: 3)")
-    p.add_argument("--lengths", type=train.counts, metavar="L,L",
+    p.add_argument("--lengths", type=counts, metavar="L,L",
                    help="tokens of an image (default: that of the data set)")
     p.add_argument("--forms", type=train.comma_list, metavar="F,F",
                    help="; ".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
                    + " (default: all that there are)")
     p.add_argument("--out", metavar="DIR", help="folder of bench.csv (default: runs/bench-NAME)")
     given = p.given(words)
-    defaults = train.add_flags(train.new_parser("")) | {"bench": 3, "lengths": None, "forms": None}
+    defaults = train.add_flags(train.Parser("")) | {"bench": 3, "lengths": None, "forms": None}
     c = train.settings(given, defaults)
     c.clock = "seconds" if on_gpu(c) else "cpu_seconds"     # another program may run beside
     if not on_gpu(c):

@@ -12,9 +12,11 @@ Papers     AutoAttack  Croce & Hein 2020, arXiv 2003.01690; flags_doc.md of its 
 Glossary   spec   name of an attack, as --attacks takes it
            stage  one attack of an ensemble: "aa: square"
 """
+import argparse
 import hashlib
 import json
 import math
+import os
 import time
 from functools import partial
 from itertools import product
@@ -48,7 +50,7 @@ def main(words):
     report = "evaluation" if c.attacks else "-".join(asked).replace("_", "-")
     file = stem.with_name(f"{stem.name}-{report}.json")
     before = read_report(file, weights)         # a damaged one is refused before the work
-    train.probe(stem.parent)
+    probe(stem.parent)
     images, labels = train.load_data(c)["test"]
     kept = Kept(stem, images, labels, weights, c)
     train.say(f"{c.evaluate}: epoch {state['epoch']}, {c.dataset} test, eps {train.show(c.eps)}, "
@@ -71,9 +73,23 @@ def main(words):
     return int(not all(check["passed"] for check in checked))
 
 
+def probe(folder):
+    """UserError if nothing can be written into a folder: that is said before the work."""
+    path = folder / f".probe-{os.getpid()}"
+    train.write(path, "")
+    path.unlink()
+
+
+def counts(text):
+    """'1,5,10' -> [1, 5, 10]."""
+    if not all(v.isdecimal() for v in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers; write it as 1,5,10")
+    return [int(v) for v in text.split(",")]
+
+
 def settings(words):
     """The settings c, and the checkpoint's state.  UserError for what cannot be measured."""
-    p = train.new_parser("Attack a checkpoint: accuracies on the test images.")
+    p = train.Parser("Attack a checkpoint: accuracies on the test images.")
     p.add_argument("--evaluate", metavar="CKPT", required=True,
                    help="a checkpoint, or a run's folder: its last.pt")
     train.add_flags(p, "data_dir eps alpha test_size batch_size attacks seed device")
@@ -81,7 +97,7 @@ def settings(words):
                    help="look for masked gradients, on 200 images; exit code 1 if found")
     p.add_argument("--eps-sweep", type=train.fractions, metavar="E,E",
                    help="each attack of --attacks, or pgd-10, at these radii (default: none)")
-    p.add_argument("--steps-sweep", type=train.counts, metavar="K,K",
+    p.add_argument("--steps-sweep", type=counts, metavar="K,K",
                    help="PGD with these numbers of steps (default: none)")
     p.add_argument("--transfer-from", metavar="CKPT",
                    help="pgd-10, and fgsm, pgd-K of --attacks, made on this other model")
@@ -92,8 +108,8 @@ def settings(words):
 Beside one of the last five flags --attacks is none unless given."""
     given = p.given(words)
     state = train.read_checkpoint(given["evaluate"], "--evaluate")
-    c = train.settings(given, train.add_flags(train.new_parser("")) | dict.fromkeys(MORE))
-    c = train.restored(c, given, state, c.evaluate, ("evaluate", *MORE, *FREE))
+    c = train.settings(given, train.add_flags(train.Parser("")) | dict.fromkeys(MORE))
+    c = train.checkpoint_settings(c, given, state, c.evaluate, ("evaluate", *MORE, *FREE))
     c.precision = "fp32"                        # training alone has another
     c.test_size = given.get("test_size")
     if "attacks" not in given and any(getattr(c, name) for name in MORE):

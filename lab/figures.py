@@ -28,7 +28,7 @@ LEADER = dict(arrowstyle="-", color="0.6", lw=0.5, relpos=(0, 0.5), shrinkA=1, s
 
 
 def main(words):
-    p = train.new_parser("Draw accuracies of runs, or the change rates of models.")
+    p = train.Parser("Draw accuracies of runs, or the change rates of models.")
     p.add_argument("--plot", nargs="+", metavar="RUN", required=True,
                    help="folders of runs, or the .json files that --analyse left")
     p.add_argument("--attacks", nargs="?", type=train.comma_list, const=GROWING, metavar="A,A",

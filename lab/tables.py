@@ -27,7 +27,7 @@ WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErro
 
 
 def main(words):
-    p = train.new_parser("Print the results of finished runs as one Markdown table.")
+    p = train.Parser("Print the results of finished runs as one Markdown table.")
     p.add_argument("--table", nargs="+", metavar="RUN", required=True, help="folders of runs")
     runs = [read_run(str(Path(folder))) for folder in p.given(words)["table"]]
     first = runs[0]

@@ -154,7 +154,7 @@ def test_help_states_every_flag_with_its_default_and_names_the_jobs(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    p = train.new_parser("")
+    p = train.Parser("")
     defaults = train.add_flags(p)
     assert end.value.code == 0 and text.count("(default: ") == len(defaults)
     assert all(option in text for action in p._actions for option in action.option_strings)

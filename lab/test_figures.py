@@ -339,8 +339,8 @@ def test_sweeps_and_images_are_drawn_and_without_matplotlib_the_tables_still_com
         assert plots(run, out=tmp_path / "c.png") == 2
         assert "a figure needs matplotlib, which is not installed" in capsys.readouterr().err
     state = train.read_checkpoint(run / "best.pt", "--evaluate")
-    c = train.settings({"device": "cpu"}, train.add_flags(train.new_parser("")))
-    c = train.restored(c, {}, state, run, ())
+    c = train.settings({"device": "cpu"}, train.add_flags(train.Parser("")))
+    c = train.checkpoint_settings(c, {}, state, run, ())
     x, y = (v[:8] for v in train.load_data(c)["test"])
     with torch.no_grad():
         clean = train.load(run / "best.pt")(x / 255).argmax(1)

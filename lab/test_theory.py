@@ -11,6 +11,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from lab import certificate, theory
+from lab.analyse import mixing
 from test_all import (MAPS, close, each, images, kind, randn, scan_inputs, scrambled, seeded, tiny)
 
 fixed_map = each("s4", "dss", "s5")
@@ -197,7 +198,7 @@ def test_p4_mixing_is_what_mega_computes_with():
     mega, u, fed = scrambled(attention_adv.Mega(6, 4, 8, 5, max_len=9)), randn(2, 9, 6), []
     mega.middle.register_forward_hook(lambda module, args, out: fed.append(args[0]))
     mega(u)
-    P, V = mega.mixing(u)
+    P, V = mixing(mega, u)
     reset = mega.gates(F.silu(mega.ema(u))).split(mega.sizes, -1)[2]
     close(P.sum(-1), torch.ones(2, 9).double(), 1e-12)
     close(P @ V * F.silu(reset), fed[0], 1e-12)
