@@ -25,7 +25,7 @@ import train
 from lab.certificate import certified_radius
 from lab.evaluate import probe
 from lab.figures import attempt, draw_changes
-from lab.ruggedness import ruggedness
+from lab.steps import step_lengths
 from lab.theory import attention_error, error_parts, gain, gain_bounds, local_gain, scan_errors
 from mamba_adv import selective_scan
 
@@ -307,7 +307,7 @@ def settings(words):
     stem = Path("runs") / "-".join(name for name in names if name) / "analysis"
     if path is not True:
         state = train.read_checkpoint(path, "--analyse")
-        c = train.checkpoint_settings(c, given, state, path, FREE)
+        c = train.checkpoint_settings(c, given, state, path, ("analyse", *FREE))
         path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
         stem = path.with_name(f"{path.stem}-analysis")
     c.analyse = given["analyse"]
@@ -346,7 +346,7 @@ def main(words):
             if on != "train" and c.model in ("s4", "dss", "s5") and not (c.ads or c.control):
                 found.append(("certified", 0, certify(c, model, x, y)))
             if on == "test":
-                found.append(("how rugged is the loss", 0, ruggedness(model, x, y, c.eps)))
+                found.append(("how long must steps be", 0, step_lengths(model, x, y, c.eps)))
         for statement, layer, numbers in found:
             rows += [{"statement": statement, "on": on, "layer": layer, "quantity": quantity,
                       "value": float(value)} for quantity, value in numbers.items()]

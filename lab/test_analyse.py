@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import train
 from lab import analyse, figures
-from lab.ruggedness import falling_steps, ruggedness
+from lab.steps import falling_steps, step_lengths
 from test_all import (MODELS, TINY, close, images, name, randn, seeded, settings, tiny, trains,
                       weights)
 
@@ -98,6 +98,15 @@ def test_another_seed_of_the_attack_leaves_the_start_of_the_checkpoint(tmp_path)
     statement = "P1, P2 fixed parameters: S4", "start", 1
     for quantity, same in (("gain ||K||_1, largest", True), ("error seen / gain, largest", False)):
         assert (a[*statement, quantity] == b[*statement, quantity]) is same
+
+
+def test_a_checkpoint_whose_settings_name_other_jobs_is_analysed_and_evaluated(tmp_path):
+    assert trains(tmp_path, *TINY) == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["config"] |= {"analyse": None, "evaluate": None, "plot": None}    # as older ones have
+    torch.save(state, tmp_path / "last.pt")
+    for job in ("--analyse", "--evaluate"):
+        assert train.main([job, str(tmp_path), "--test-size", "2", "--device", "cpu"]) == 0
 
 
 def test_a_run_s_folder_stands_for_its_last_checkpoint_and_takes_the_results(tmp_path):
@@ -249,8 +258,8 @@ class Logits(torch.nn.Module):
 
 
 def test_falling_steps_are_those_of_the_recipe():
-    close(falling_steps(0.3, 5), [0.20, 0.16, 0.12, 0.08, 0.04])
-    close(sum(falling_steps(0.3, 50)), 0.6)
+    close(falling_steps(0.2, 5), [0.20, 0.16, 0.12, 0.08, 0.04])
+    close(sum(falling_steps(0.6, 50)), 15.3)
 
 
 def test_the_gradients_of_a_linear_model_agree_and_pgd_reaches_its_closed_form():
@@ -259,12 +268,15 @@ def test_the_gradients_of_a_linear_model_agree_and_pgd_reaches_its_closed_form()
     y = torch.arange(6) % 2
 
     model = Logits(lambda z: z @ w.T)
-    numbers = ruggedness(model, x, y, 0.1)
+    numbers = step_lengths(model, x, y, 0.1)
     margin = (w[1 - y] - w[y]).abs().sum(1)             # |w|_1 of the difference
     shifted = (model(x)[range(6), 1 - y] - model(x)[range(6), y]) + 0.1 * margin
     assert abs(numbers["cosine of gradients, a step of eps/3 apart"] - 1) < 1e-12
     # The five constant steps sum to 5/3 eps: they do not cross the whole ball.
-    for attack in ("PGD-5, falling", "PGD-50, constant", "PGD-50, falling"):
+    attacks = [attack.removeprefix("loss, ") for attack in numbers if attack.startswith("loss, P")]
+    attacks.remove("PGD-5 of eps/3")
+    assert len(attacks) == 7
+    for attack in attacks:
         close(numbers[f"loss, {attack}"], F.softplus(shifted).mean())
         close(numbers[f"accuracy, {attack}"], (shifted < 0).double().mean())
 
@@ -277,6 +289,22 @@ def test_the_gradients_of_a_rugged_model_disagree_and_only_falling_steps_settle(
         # The loss of class 0 is largest at 0.513, and falls steeply to both sides.
         peak = -40 * (z - 0.513).abs()
         return torch.cat([torch.zeros_like(peak), peak], 1)
-    numbers = ruggedness(Logits(peaked), x, y, 0.3)
+    numbers = step_lengths(Logits(peaked), x, y, 0.3)
     assert numbers["cosine of gradients, a step of eps/10 apart"] == -1
-    assert numbers["loss, PGD-50, falling"] > numbers["loss, PGD-50, constant"] + 0.3
+    assert numbers["loss, PGD-50 falling from eps/3"] > numbers["loss, PGD-50 of eps/3"] + 0.3
+
+
+def test_long_steps_leave_the_maximum_that_holds_short_ones():
+    torch.manual_seed(0)
+    x = torch.full((64, 1, 1, 1), 0.5).double()
+    y = torch.zeros(64).long()
+
+    def trap(z):
+        # Beyond 0.35 all paths lead to a low peak at 0.6; before it, to the border 0.2, a mistake.
+        margin = torch.where(z > 0.35, 1 + (z - 0.6).abs(), 10 * (z - 0.25))
+        return torch.cat([margin, torch.zeros_like(margin)], 1)
+    numbers = step_lengths(Logits(trap), x, y, 0.3)
+    for short in ("PGD-50 of eps/3", "PGD-50 falling from eps/10"):
+        assert numbers[f"accuracy, {short}"] > 0.6
+    for long in ("PGD-50 falling from 2 eps", "APGD-CE"):
+        assert numbers[f"accuracy, {long}"] == 0

@@ -77,9 +77,9 @@ def test_what_a_baseline_has_no_place_for_is_refused(words, why, tmp_path, capsy
     assert why in capsys.readouterr().err
 
 
-def test_of_a_baseline_the_ruggedness_alone_is_measured(tmp_path, capsys):
+def test_of_a_baseline_the_lengths_of_steps_alone_are_measured(tmp_path, capsys):
     assert trains(tmp_path / "run", *SMALL, "--model", "cnn") == 0
     assert train.main(["--analyse", str(tmp_path / "run"), "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "run" / "last-analysis.json").read_text())["rows"]
-    assert {row["statement"] for row in found} == {"how rugged is the loss"}
+    assert {row["statement"] for row in found} == {"how long must steps be"}
     assert not list((tmp_path / "run").glob("*.png"))
