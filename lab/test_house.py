@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The house rules: who imports whom, how long a file may be; README and results/ tell the truth."""
 import ast
+import csv
 import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -130,34 +132,74 @@ def test_the_table_of_the_readme_is_that_of_the_runs():
         (name, row_of(name)) for name in ROWS]
 
 
-# (h) of the findings: what stands in the middle of the block -> the name of its run of seed 0.
+# (h) of the findings: what stands in the middle of the block -> the name of its runs.
 MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
            "activation alone, GELU": "s4-gelu", "MLP, ReLU": "s4-mlp_relu",
            "MLP, GELU": "s4-mlp", "GLU, GELU": "s4-glu", "scale alone, ReLU": "s4-scale",
            "AdS, ReLU": "s4-ads", "AdS, GELU": "s4-ads_gelu"}
+CONSTANT = ("mnist-step-constant", "mnist-eps0.3-long")
+# The steps of the training attack -> the folders of its runs.
+SCHEDULES = {"ten of .04 (the paper's)": ("mnist-eps0.3-steps10",), "five of .10": CONSTANT,
+             ".30, then four of .05": ("mnist-step-first",),
+             ".20, .16, .12, .08, .04": ("mnist-step-falling",)}
+
+
+def outcomes(families, run):
+    """Of a run's seeds, by number: [clean], [PGD-10], [AutoAttack] in per cent."""
+    clean, pgd, auto = [], [], []
+    for family in families:
+        for folder in sorted((HERE / "results" / family).glob(f"{run}-seed[0-9]")):
+            best = json.loads((folder / "result.json").read_text())["Best"]
+            rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
+            rows = [row for row in rows if row["attack"] == "aa"]
+            clean.append(100 * best["clean"])
+            pgd.append(100 * best["pgd-10"])
+            auto += [100 * max(rows, key=lambda row: row["n"])["accuracy"]] if rows else []
+    return clean, pgd, auto
 
 
 def middle_row(run):
-    """Clean / PGD-10 and AutoAttack of seed 0, by constant and by falling steps."""
+    """Clean / PGD-10, mean over seeds, and AutoAttack of each seed; constant, falling steps."""
     cells = []
-    for families in (("mnist-step-constant", "mnist-eps0.3-long"), ("mnist-step-falling",)):
-        folders = [HERE / "results" / family / f"{run}-seed0" for family in families]
-        folder = next((f for f in folders if (f / "result.json").exists()), None)
-        if folder is None:
-            cells += ["not run", "not run"]
-            continue
-        best = json.loads((folder / "result.json").read_text())["Best"]
-        rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
-        rows = [row for row in rows if row["attack"] == "aa"]
-        cells.append(f"{100 * best['clean']:.1f} / {100 * best['pgd-10']:.1f}")
-        cells.append(f"{100 * max(rows, key=lambda row: row['n'])['accuracy']:.1f}")
+    for families in (CONSTANT, ("mnist-step-falling",)):
+        clean, pgd, auto = outcomes(families, run)
+        cells.append(f"{mean(clean):.1f} / {mean(pgd):.1f}")
+        cells.append(", ".join(f"{accuracy:.1f}" for accuracy in auto))
     return cells
 
 
-def test_the_table_of_steps_is_that_of_the_runs():
+def schedule_row(families):
+    """Clean, mean over seeds, and AutoAttack of each seed, of GLU, MLP and AdS."""
+    cells = []
+    for run in ("s4-glu", "s4-mlp", "s4-ads"):
+        clean, _, auto = outcomes(families, run)
+        cells += [f"{mean(clean):.1f}" if clean else "not run",
+                  ", ".join(f"{accuracy:.1f}" for accuracy in auto) or "not run"]
+    return cells
+
+
+def test_the_tables_of_steps_are_those_of_the_runs():
     rows = re.findall(r"^\| ([\w ,]+) \| \d+,\d{3} \| (.*) \|$", findings(), re.M)
     found = {name: cells.split(" | ") for name, cells in rows if name in MIDDLES}
     assert found == {name: middle_row(run) for name, run in MIDDLES.items()}
+    rows = re.findall(r"^\| ([\w ,.()']+) \| (.*) \|$", findings(), re.M)
+    found = {name: cells.split(" | ") for name, cells in rows if name in SCHEDULES}
+    assert found == {name: schedule_row(families) for name, families in SCHEDULES.items()}
+
+
+def test_the_table_of_robust_overfitting_is_that_of_the_runs():
+    rows = re.findall(r"^\| (\w[\w +]*) \| ([\d,]+) \| ([\d.]+ / [\d.]+) \| ([\d.]+) \| ([\d.]+) "
+                      r"\| (-?[\d.]+) \| (\d+) \|$", findings(), re.M)
+    names = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads", "Mega": "attention",
+             "Mamba": "mamba"}
+    assert len(rows) == len(list((HERE / "results").glob("cifar10-overfit-*/*/result.json"))) > 3
+    for name, size, fitted, *cells, n in rows:
+        path = HERE / "results" / f"cifar10-overfit-{n}" / f"{names[name]}-seed0" / "result.json"
+        result = json.loads(path.read_text())
+        last = list(csv.DictReader(path.with_name("log.csv").open()))[-1]
+        assert int(size.replace(",", "")) == result["parameters"]
+        assert fitted == " / ".join(f"{100 * float(last[f'train_{a}']):.1f}" for a in train.ROW)
+        assert cells == [f"{100 * result[row]['pgd-10']:.1f}" for row in ("Best", "Last", "Diff")]
 
 
 def test_the_differences_in_the_findings_are_those_that_the_table_prints():
@@ -183,10 +225,12 @@ def test_the_differences_in_the_findings_are_those_that_the_table_prints():
 
 def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
     rows = re.findall(r"^\| (.*) \| \[log\]\((analysis/steps-\S+)\) \|$", findings(), re.M)
-    assert len(rows) == 9
+    assert len(rows) == 10
     keys = ("cosine of gradients, a step of eps/10 apart",
-            "cosine of gradients, a step of eps/3 apart", "accuracy, PGD-5, constant",
-            "accuracy, PGD-5, falling", "accuracy, PGD-50, falling", "accuracy, APGD-CE")
+            "cosine of gradients, a step of eps/3 apart", "accuracy, PGD-50 of eps/3",
+            "accuracy, PGD-50 falling from eps/3", "accuracy, PGD-50 falling from 2 eps/3",
+            "accuracy, PGD-50 falling from eps", "accuracy, PGD-50 falling from 2 eps",
+            "accuracy, APGD-CE")
     for cells, file in rows:
         log = (HERE / "results" / file).read_text()
         near, far, *left = [float(re.search(rf"{key} +([\d.]+)$", log, re.M)[1]) for key in keys]
