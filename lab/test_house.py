@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -185,6 +186,17 @@ def test_the_tables_of_steps_are_those_of_the_runs():
     rows = re.findall(r"^\| ([\w ,.()']+) \| (.*) \|$", findings(), re.M)
     found = {name: cells.split(" | ") for name, cells in rows if name in SCHEDULES}
     assert found == {name: schedule_row(families) for name, families in SCHEDULES.items()}
+
+
+def test_the_permutation_test_of_the_findings_is_that_of_the_runs():
+    """All ways to call six of the twelve AutoAttack accuracies those of AdS."""
+    both = (*CONSTANT, "mnist-eps0.3-steps10")
+    ads, mlp = (outcomes(both, run)[2] for run in ("s4-ads", "s4-mlp"))
+    assert len(ads) == len(mlp) == 6
+    pooled, found = ads + mlp, abs(sum(ads) - sum(mlp))
+    differences = [abs(2 * sum(six) - sum(pooled)) for six in combinations(pooled, 6)]
+    p = sum(d > found - 1e-9 for d in differences) / len(differences)
+    assert f"p = {p:.3f}".replace("0.", ".") + " by a permutation test" in findings()
 
 
 def test_the_table_of_robust_overfitting_is_that_of_the_runs():
