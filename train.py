@@ -36,6 +36,7 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -855,10 +856,10 @@ def attacks_of(spec, c):
     if spec == "clean":
         return []
     if spec == "fgsm":
-        return [lambda model, x, y: script.fgsm(model, x, y, c.eps)]
+        return [partial(script.fgsm, eps=c.eps)]
     if found := re.fullmatch(r"pgd-(\d{1,6})(?:x([1-9]\d{0,5}))?", spec, re.ASCII):
         steps, restarts = int(found[1]), int(found[2] or 1)
-        return restarts * [lambda model, x, y: script.pgd(model, x, y, c.eps, c.alpha, steps)]
+        return restarts * [partial(script.pgd, eps=c.eps, alpha=c.alpha, steps=steps)]
     if spec == "pgd-official":
         raise UserError(f"--attacks {spec}: it stands for comparison only, so a run cannot have it "
                         "measured; give it with --evaluate CKPT")
@@ -872,7 +873,7 @@ def attacks_of(spec, c):
     if c.classes < need:
         raise UserError(f"--attacks {spec}: it needs at least {need} classes, and there are "
                         f"{c.classes}; leave it out")
-    return [lambda model, x, y, f=auto.AUTO[name]: f(model, x, y, c.eps) for name in names]
+    return [partial(auto.AUTO[name], eps=c.eps) for name in names]
 
 
 def scores(model, x):

@@ -363,7 +363,7 @@ def test_without_attacks_only_what_is_asked_for_is_measured(trained):
 def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeypatch):
     attacked, calls = [], batches(monkeypatch)
 
-    def black(model, x, y, *rest):
+    def black(model, x, y, **rest):
         attacked.append(type(model))
         return torch.zeros_like(x)
     monkeypatch.setattr(s4_adv, "pgd", black)
