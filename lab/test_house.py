@@ -250,6 +250,20 @@ def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
                                           *(f"{100 * share:.0f}" for share in left)], file
 
 
+def test_the_matrix_of_transfer_is_that_of_the_logs():
+    rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$", findings(), re.M)
+    names = [name for _, name in rows]
+    assert len(names) == 7
+    for cells, name in rows:
+        log = (HERE / "results" / "transfer" / f"{name}.txt").read_text()
+        sources = re.findall(r"--transfer-from results/mnist-step-(\w+)/(\S+)-seed0/best.pt", log)
+        own = re.findall(r"^pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
+        left = re.findall(r"^transfer: pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
+        found = dict(zip(("-".join(source) for source in sources), left, strict=True))
+        assert len(set(own)) == 1 and len(found) == 6
+        assert cells.split(" | ") == [found.get(source, f"**{own[0]}**") for source in names], name
+
+
 def test_the_readme_states_the_lines_of_each_file():
     text = (HERE / "README.md").read_text()
     found = re.findall(r"^\| \[(\w+\.py)\].*? \| ([\d,]+) \|", text, re.M)
