@@ -121,7 +121,6 @@ def attention_peer(c, block):
         hidden_size=c.d_model, intermediate_size=c.d_hidden, nffn_hidden_size=c.d_hidden,
         ema_projection_size=c.d_state, shared_representation_size=mega.gamma.shape[1],
         max_positions=(len(mega.bias) + 1) // 2, relative_positional_bias="simple",
-        bidirectional=True, use_chunking=False, activation="silu", attention_activation="softmax",
         normalization_type="layernorm", normalize_before_mega=False, normalize_before_ffn=False,
         dropout_prob=0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         nffn_activation_dropout_prob=0.0))
@@ -225,16 +224,11 @@ def bench_jobs(c, form="fast"):
     return dict(zip(passes(c), (attack, step), strict=True))
 
 
-def stopwatch(c, job):
-    """{"seconds", "cpu_seconds" of all threads} that job() takes."""
-    def clocks():
-        if on_gpu(c):
-            torch.cuda.synchronize(c.device)
-        return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
-    before = clocks()
-    job()
-    after = clocks()
-    return {kind: after[kind] - before[kind] for kind in after}
+def clocks(c):
+    """{"seconds", "cpu_seconds" of all threads} until now; a GPU has then done its work."""
+    if on_gpu(c):
+        torch.cuda.synchronize(c.device)
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 def growth(c, job):
@@ -261,12 +255,15 @@ def growth(c, job):
 
 
 def sample(c, work, form):
-    """What stopwatch tells of a work in a form, and "peak_mb", from another run before it."""
+    """What a work takes of both clocks in a form, and "peak_mb", from another run before it."""
     c = changed(c, **CHANGES.get(form, {}))
     job = bench_jobs(c, form)[work]
     with CONTEXTS.get(form, nullcontext)():
         peak = growth(c, job)
-        return stopwatch(c, job) | {"peak_mb": peak}
+        before = clocks(c)
+        job()
+        after = clocks(c)
+    return {kind: after[kind] - before[kind] for kind in after} | {"peak_mb": peak}
 
 
 def sample_apart(c, work, form):
@@ -316,7 +313,7 @@ def timings(c, L, rate):
 def settings(words):
     """The settings c of a command line.  UserError for what cannot be timed."""
     p = train.Parser("What a training step costs, beside a peer and a floor: a table, and "
-                         "bench.csv in --out. On a CPU --batch-size is 16 unless given.")
+                     "bench.csv in --out. On a CPU --batch-size is 16 unless given.")
     train.add_flags(p, "model ads control dataset d_model d_state d_hidden n_layers patch_size "
                     "batch_size eps alpha steps precision seed device")
     p.add_argument("--bench", nargs="?", type=int, const=3, metavar="N",
@@ -328,8 +325,7 @@ def settings(words):
                    + " (default: all that there are)")
     p.add_argument("--out", metavar="DIR", help="folder of bench.csv (default: runs/bench-NAME)")
     given = p.given(words)
-    defaults = train.add_flags(train.Parser("")) | {"bench": 3, "lengths": None, "forms": None}
-    c = train.settings(given, defaults)
+    c = train.settings(given, train.add_flags(train.Parser("")) | {"lengths": None, "forms": None})
     c.clock = "seconds" if on_gpu(c) else "cpu_seconds"     # another program may run beside
     if not on_gpu(c):
         c.batch_size = given.get("batch_size", 16)
