@@ -320,7 +320,7 @@ def main(words):
     c, state, stem = settings(words)
     sets = {name: (x[:c.test_size].double() / 255, y[:c.test_size])
             for name, (x, y) in train.load_data(c).items()}
-    sizes = {name: len(y) for name, (_, y) in sets.items()}
+    n, n_train = (len(sets[name][1]) for name in ("test", "train"))
     stem.parent.mkdir(parents=True, exist_ok=True)
     probe(stem.parent)
     seed = state["config"]["seed"] if state else c.seed
@@ -329,8 +329,8 @@ def main(words):
     if state:
         trained = train.load_model(state, c.analyse, c.device).double()
         models = {"start": start, "test": trained, "train": trained}
-    n = " and ".join(dict.fromkeys([str(sizes["test"]), str(sizes["train"])]))
-    train.say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {n} "
+    shown = f"{n}" if n == n_train else f"{n} and {n_train}"
+    train.say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {shown} "
               f"images, eps {train.show(c.eps)}, seed {c.seed}")
     rows = []
     for on, model in models.items():
@@ -349,8 +349,7 @@ def main(words):
     if train.rank() > 0:
         return
     train.write_csv(Path(f"{stem}.csv"), rows)
-    report = {"n": sizes["test"], "n_train": sizes["train"], "rows": rows, "config": vars(c),
-              **train.machine(c)}
+    report = {"n": n, "n_train": n_train, "rows": rows, "config": vars(c), **train.machine(c)}
     train.write(Path(f"{stem}.json"), json.dumps(report, indent=1))
     changes = [row for row in rows if row["statement"].startswith("change")]
     with attempt():
