@@ -173,8 +173,9 @@ def test_s5_pytorch_s_weights_have_the_gradients_of_ours(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(module.s5_model, "as_complex", torch.view_as_complex)
     c = bench_settings("--model", "s5", "--forms", "fast")
-    layer = scrambled(train.build(c)).blocks[0].ssm
-    twin = peers.s5_peer(c, layer)
+    block = scrambled(train.build(c)).blocks[0]
+    layer = block.ssm
+    twin = peers.s5_peer(c, block).ssm
     u = torch.randn(2, 30, c.d_model, dtype=torch.float64)
     ours, theirs = weight_gradients(layer, u), weight_gradients(twin, u)
     close(ours["B"], theirs["seq.B"], 1e-12)
