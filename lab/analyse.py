@@ -12,6 +12,7 @@ Glossary   u, y   input and output of a part of a block, (B, L, .); u_adv, y_adv
 """
 import json
 import math
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from mamba_adv import selective_scan
 FLAGS = ("model ads control dataset data_dir classes eps alpha d_model d_state d_hidden n_layers "
          "patch_size seed device")
 # What may differ from the settings of a checkpoint.
-FREE = ("data_dir", "eps", "alpha", "test_size", "seed", "device", "out")
+FREE = ("analyse", "data_dir", "eps", "alpha", "test_size", "seed", "device", "out")
 
 
 class Part(NamedTuple):
@@ -48,20 +49,15 @@ def watch(model, x, x_adv):
     for each layer, on clean and attacked images."""
     def record(tensors, module, args, out):
         tensors += [args[0], out]
-    layers = []
-    hooks = []
-    for layer in model.modules():
-        if hasattr(layer, "middle"):
-            seen = {}
+    layers = [(layer, {}) for layer in model.modules() if hasattr(layer, "middle")]
+    with ExitStack() as hooks, torch.no_grad():
+        for layer, seen in layers:
             for name, module in [("", layer), *layer.named_children()]:
                 seen[name] = []
-                hooks.append(module.register_forward_hook(partial(record, seen[name])))
-            layers.append((layer, seen))
-    with torch.no_grad():
+                hook = partial(record, seen[name])
+                hooks.enter_context(module.register_forward_hook(hook))
         model(x)
         model(x_adv)
-    for hook in hooks:
-        hook.remove()
     return [(layer, {name: Part(*tensors) for name, tensors in seen.items()})
             for layer, seen in layers]
 
@@ -291,7 +287,7 @@ def print_tables(rows):
 def settings(words):
     """The settings c, the checkpoint's state or None, and where the results go, without suffix."""
     p = train.Parser("The paper's theory in numbers, of a checkpoint, or of the model that the "
-                         "flags describe, at initialisation.")
+                     "flags describe, at initialisation.")
     train.add_flags(p, FLAGS)
     p.add_argument("--analyse", nargs="?", const=True, metavar="CKPT", required=True,
                    help="a checkpoint or a run's folder (default: the model at initialisation)")
@@ -299,21 +295,20 @@ def settings(words):
                    help="the first N test images, and the first N training images (default: 100)")
     p.add_argument("--out", metavar="DIR", help="folder of the results (default: that of CKPT; at "
                    "initialisation runs/NAME)")
-    given = p.given(words)
+    given = {"test_size": 100} | p.given(words)
     c = train.settings(given, train.add_flags(train.Parser("")))
-    path = given["analyse"]
     state = None
-    names = [c.dataset, c.model, f"ads_{c.ads}" if c.ads else c.control, c.method, f"seed{c.seed}"]
+    middle = f"ads_{c.ads}" if c.ads else c.control
+    names = [c.dataset, c.model, middle, c.method, f"seed{c.seed}"]
     stem = Path("runs") / "-".join(name for name in names if name) / "analysis"
-    if path is not True:
-        state = train.read_checkpoint(path, "--analyse")
-        c = train.checkpoint_settings(c, given, state, path, ("analyse", *FREE))
-        path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if c.analyse is not True:
+        state = train.read_checkpoint(c.analyse, "--analyse")
+        c = train.checkpoint_settings(c, given, state, c.analyse, FREE)
+        path = Path(c.analyse)
+        path = path / "last.pt" if path.is_dir() else path
         stem = path.with_name(f"{path.stem}-analysis")
-    c.analyse = given["analyse"]
     c.precision = "fp32"                        # training alone has another
     c.out = given.get("out", str(stem.parent))
-    c.test_size = given.get("test_size", 100)
     train.check(c)
     if not c.eps:
         raise train.UserError(f"--eps {c.eps}: an analysis needs a perturbation; give a radius "
@@ -325,7 +320,7 @@ def main(words):
     c, state, stem = settings(words)
     sets = {name: (x[:c.test_size].double() / 255, y[:c.test_size])
             for name, (x, y) in train.load_data(c).items()}
-    sizes = {name: len(y) for name, (_, y) in sets.items()}
+    n, n_train = (len(sets[name][1]) for name in ("test", "train"))
     stem.parent.mkdir(parents=True, exist_ok=True)
     probe(stem.parent)
     seed = state["config"]["seed"] if state else c.seed
@@ -334,8 +329,8 @@ def main(words):
     if state:
         trained = train.load_model(state, c.analyse, c.device).double()
         models = {"start": start, "test": trained, "train": trained}
-    n = " and ".join(dict.fromkeys([str(sizes["test"]), str(sizes["train"])]))
-    train.say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {n} "
+    shown = f"{n}" if n == n_train else f"{n} and {n_train}"
+    train.say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {shown} "
               f"images, eps {train.show(c.eps)}, seed {c.seed}")
     rows = []
     for on, model in models.items():
@@ -354,8 +349,7 @@ def main(words):
     if train.rank() > 0:
         return
     train.write_csv(Path(f"{stem}.csv"), rows)
-    report = {"n": sizes["test"], "n_train": sizes["train"], "rows": rows, "config": vars(c),
-              **train.machine(c)}
+    report = {"n": n, "n_train": n_train, "rows": rows, "config": vars(c), **train.machine(c)}
     train.write(Path(f"{stem}.json"), json.dumps(report, indent=1))
     changes = [row for row in rows if row["statement"].startswith("change")]
     with attempt():

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
 import attention_adv
 import mamba_adv
@@ -28,6 +27,7 @@ import s4_adv
 import train
 from lab import floor
 from lab.evaluate import counts
+from lab.peers import has_peer, put_peers
 
 # How a work is done; all forms but bf16 and no-ads compute the same numbers.
 FORMS = {"fast": "as the scripts have it",
@@ -53,7 +53,7 @@ def on_gpu(c):
 
 
 # --------------------------------------------------------------------------------------------------
-# Forms: plain, and with a peer's layers
+# The plain form, and what the others change
 # --------------------------------------------------------------------------------------------------
 
 def plain_vandermonde(c, log_lam, L):
@@ -81,92 +81,6 @@ def plainly():
           patch.multiple(mamba_adv, frozen=nullcontext, selective_scan=loop),
           patch.multiple(attention_adv, frozen=nullcontext, vandermonde=plain_vandermonde)):
         yield
-
-
-def s5_peer(c, block):
-    """The block with s5-pytorch's layer and the weights of its s4_adv.S5."""
-    from s5 import S5
-    layer = block.ssm
-    weights = {"Lambda": torch.complex(-torch.exp(layer.log_minus_real), layer.imag),
-               "B": layer.B, "C": torch.view_as_complex(layer.C), "D": layer.D,
-               "log_step": layer.log_dt}
-    block.ssm = S5(c.d_model, c.d_state)
-    for name, value in weights.items():
-        setattr(block.ssm.seq, name, nn.Parameter(value.detach().clone()))
-    return block
-
-
-def mamba_peer(c, block):
-    """mambapy's layer with the weights of a mamba_adv.Mamba."""
-    from mambapy.mamba import MambaBlock, MambaConfig
-    peer = MambaBlock(MambaConfig(d_model=c.d_model, n_layers=1, d_state=c.d_state)).to(block.D)
-    # Both list their weights in the same order, under other names.
-    peer.load_state_dict(dict(zip(peer.state_dict(), block.state_dict().values())))
-    return peer
-
-
-def attention_peer(c, block):
-    """transformers' Mega block with the weights of an attention_adv.Block.
-
-    By default it is another function: ScaleNorm, in front of its layers, dropout, rotary bias.
-    """
-    from transformers.models.deprecated.mega.configuration_mega import MegaConfig
-    from transformers.models.deprecated.mega.modeling_mega import MegaBlock
-
-    class Peer(MegaBlock):
-        def forward(self, z):                                               # tokens come first
-            return super().forward(z.transpose(0, 1))[0].transpose(0, 1)
-    mega = block.mega
-    peer = Peer(MegaConfig(
-        hidden_size=c.d_model, intermediate_size=c.d_hidden, nffn_hidden_size=c.d_hidden,
-        ema_projection_size=c.d_state, shared_representation_size=mega.gamma.shape[1],
-        max_positions=(len(mega.bias) + 1) // 2, relative_positional_bias="simple",
-        bidirectional=True, use_chunking=False, activation="silu", attention_activation="softmax",
-        normalization_type="layernorm", normalize_before_mega=False, normalize_before_ffn=False,
-        dropout_prob=0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        nffn_activation_dropout_prob=0.0))
-    # In the order of the peer's list.
-    weights = [mega.gamma, mega.beta, *block.norms[0].parameters(), *mega.ema.parameters(),
-               *mega.values.parameters(), *mega.gates.parameters(), *mega.out.parameters(),
-               mega.bias, *block.norms[1].parameters(), *block.feed.parameters()]
-    for theirs, ours in zip(peer.parameters(), weights, strict=True):
-        theirs.data = ours.detach().reshape(theirs.shape).clone()
-    return peer
-
-
-# Packages whose layers compute what ours do, in the versions that were tested.
-PEERS = {"s5": ("s5-pytorch 0.2.1", s5_peer), "mamba": ("mambapy 1.2.0", mamba_peer),
-         "attention": ("transformers 4.44.2", attention_peer)}
-
-
-def put_peers(c, model):
-    """The model with each block made of the peer's layers, with the same weights."""
-    _, peer = PEERS[c.model]
-    model.blocks = nn.ModuleList(peer(c, block) for block in model.blocks)
-    return model.to(c.device)
-
-
-def has_peer(c):
-    """Can a peer be timed? Its logits on 2 images of 50 tokens must be ours, in float64 but for
-    1e-6: each package cuts some numbers to float32. Says why not where PEERS has one."""
-    if c.model not in PEERS or c.ads or c.control:
-        return False
-    package, _ = PEERS[c.model]
-    c = at_length(changed(c, device="cpu"), 50)
-    model = train.build(c).double()
-    x = torch.rand(2, *c.shape, dtype=torch.float64)
-    try:
-        with torch.no_grad():
-            expected = model(x)
-            found = put_peers(c, model)(x)
-    except ImportError as e:
-        train.say(f"No peer is timed: {package} is not installed here ({e})")
-        return False
-    same = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
-    if not same:
-        train.say(f"No peer is timed: with the same weights {package.split()[0]} computes other "
-                  "logits here")
-    return same
 
 
 # The context that a form runs in, and the settings that it changes, if any.
@@ -225,16 +139,11 @@ def bench_jobs(c, form="fast"):
     return dict(zip(passes(c), (attack, step), strict=True))
 
 
-def stopwatch(c, job):
-    """{"seconds", "cpu_seconds" of all threads} that job() takes."""
-    def clocks():
-        if on_gpu(c):
-            torch.cuda.synchronize(c.device)
-        return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
-    before = clocks()
-    job()
-    after = clocks()
-    return {kind: after[kind] - before[kind] for kind in after}
+def clocks(c):
+    """{"seconds", "cpu_seconds" of all threads} until now; a GPU has then done its work."""
+    if on_gpu(c):
+        torch.cuda.synchronize(c.device)
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 def growth(c, job):
@@ -261,12 +170,15 @@ def growth(c, job):
 
 
 def sample(c, work, form):
-    """What stopwatch tells of a work in a form, and "peak_mb", from another run before it."""
+    """What a work takes of both clocks in a form, and "peak_mb", from another run before it."""
     c = changed(c, **CHANGES.get(form, {}))
     job = bench_jobs(c, form)[work]
     with CONTEXTS.get(form, nullcontext)():
         peak = growth(c, job)
-        return stopwatch(c, job) | {"peak_mb": peak}
+        before = clocks(c)
+        job()
+        after = clocks(c)
+    return {kind: after[kind] - before[kind] for kind in after} | {"peak_mb": peak}
 
 
 def sample_apart(c, work, form):
@@ -316,7 +228,7 @@ def timings(c, L, rate):
 def settings(words):
     """The settings c of a command line.  UserError for what cannot be timed."""
     p = train.Parser("What a training step costs, beside a peer and a floor: a table, and "
-                         "bench.csv in --out. On a CPU --batch-size is 16 unless given.")
+                     "bench.csv in --out. On a CPU --batch-size is 16 unless given.")
     train.add_flags(p, "model ads control dataset d_model d_state d_hidden n_layers patch_size "
                     "batch_size eps alpha steps precision seed device")
     p.add_argument("--bench", nargs="?", type=int, const=3, metavar="N",
@@ -328,8 +240,7 @@ def settings(words):
                    + " (default: all that there are)")
     p.add_argument("--out", metavar="DIR", help="folder of bench.csv (default: runs/bench-NAME)")
     given = p.given(words)
-    defaults = train.add_flags(train.Parser("")) | {"bench": 3, "lengths": None, "forms": None}
-    c = train.settings(given, defaults)
+    c = train.settings(given, train.add_flags(train.Parser("")) | {"lengths": None, "forms": None})
     c.clock = "seconds" if on_gpu(c) else "cpu_seconds"     # another program may run beside
     if not on_gpu(c):
         c.batch_size = given.get("batch_size", 16)

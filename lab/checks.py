@@ -8,6 +8,7 @@ Sources    Carlini et al. 2019, On Evaluating Adversarial Robustness (1902.06705
 import copy
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def check_gradients(model, images, labels, c):
         return number(name, share_left, attack, eps, logits)
 
     def falls(*shares):
-        return all(b <= a + slack for a, b in zip(shares, shares[1:]))
+        return all(b <= a + slack for a, b in pairwise(shares))
 
     def passes(name, condition):
         passed = bool(condition) and not errors
@@ -105,11 +106,8 @@ def share_left(model, batches, c, attack, eps, logits):
 
     def scale(module, args, z):
         return z * logits
-    hook = model.register_forward_hook(scale)
-    try:
+    with model.register_forward_hook(scale):
         right = [train.still_right(model, x, y, attacks, seed)[-1] for x, y in batches]
-    finally:
-        hook.remove()
     return float(torch.cat(right).double().mean())
 
 

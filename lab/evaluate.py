@@ -33,7 +33,8 @@ from lab import autoattack, checks, figures
 # What else is asked for, beside or without --attacks.
 MORE = ("checks", "eps_sweep", "steps_sweep", "transfer_from", "images")
 # What may differ from the settings of the checkpoint.
-FREE = ("data_dir", "device", "eps", "alpha", "attacks", "test_size", "batch_size", "seed")
+FREE = ("evaluate", *MORE, "data_dir", "device", "eps", "alpha", "attacks", "test_size",
+        "batch_size", "seed")
 COLUMNS = ("attack", "accuracy", "low", "high", "n", "seconds", "eps", "alpha", "seed", "source")
 UPPER_BOUND = "Square improved on the white-box attacks: this AutoAttack accuracy is an upper bound"
 
@@ -106,12 +107,11 @@ def settings(words):
     p.epilog = """Settings that are not given are the checkpoint's; --test-size is all.
 --attacks also takes pgd-official, the attack of the paper's published code.
 Beside one of the last five flags --attacks is none unless given."""
-    given = p.given(words)
+    given = {"test_size": None} | p.given(words)
     state = train.read_checkpoint(given["evaluate"], "--evaluate")
     c = train.settings(given, train.add_flags(train.Parser("")) | dict.fromkeys(MORE))
-    c = train.checkpoint_settings(c, given, state, c.evaluate, ("evaluate", *MORE, *FREE))
+    c = train.checkpoint_settings(c, given, state, c.evaluate, FREE)
     c.precision = "fp32"                        # training alone has another
-    c.test_size = given.get("test_size")
     if "attacks" not in given and any(getattr(c, name) for name in MORE):
         c.attacks = []
     specs = [spec for spec in c.attacks if spec != "pgd-official"]

@@ -17,7 +17,7 @@ import attention_adv
 import mamba_adv
 import s4_adv
 import train
-from lab import bench, floor
+from lab import bench, floor, peers
 from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, name, randn, scrambled, seeded,
                       tiny_model)
 
@@ -128,11 +128,11 @@ MODULES = {"s5": "s5", "mamba": "mambapy.mamba",
 
 
 def needs_peer(name):
-    package, _ = bench.PEERS[name]
+    package, _ = peers.PEERS[name]
     return pytest.importorskip(MODULES[name], reason=f"{package} is not installed")
 
 
-@pytest.mark.parametrize("name", bench.PEERS)
+@pytest.mark.parametrize("name", peers.PEERS)
 def test_a_peer_with_our_weights_has_our_logits_and_gradient(name, monkeypatch):
     module = needs_peer(name)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # they cut some numbers
@@ -140,7 +140,7 @@ def test_a_peer_with_our_weights_has_our_logits_and_gradient(name, monkeypatch):
         monkeypatch.setattr(module.s5_model, "as_complex", torch.view_as_complex)
     c = bench_settings("--model", name, "--n-layers", "2", "--patch-size", "4", "--forms", "fast")
     model = scrambled(train.build(c))
-    twin = bench.put_peers(c, copy.deepcopy(model))
+    twin = peers.put_peers(c, copy.deepcopy(model))
     x = torch.rand(2, *c.shape, dtype=torch.float64).requires_grad_()
     for a, b in zip(*((y, *torch.autograd.grad(y.square().sum(), x))
                       for y in (model(x), twin(x)))):
@@ -160,7 +160,7 @@ def test_mambapy_s_weights_have_the_gradients_of_ours(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # mambapy cuts A and D
     c = bench_settings("--model", "mamba", "--forms", "fast")
     layer = scrambled(train.build(c)).blocks[0]
-    twin = bench.mamba_peer(c, layer)
+    twin = peers.mamba_peer(c, layer)
     u = torch.randn(2, 30, c.d_model, dtype=torch.float64)
     ours, theirs = weight_gradients(layer, u), weight_gradients(twin, u)
     assert len(ours) == len(theirs)
@@ -173,8 +173,9 @@ def test_s5_pytorch_s_weights_have_the_gradients_of_ours(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(module.s5_model, "as_complex", torch.view_as_complex)
     c = bench_settings("--model", "s5", "--forms", "fast")
-    layer = scrambled(train.build(c)).blocks[0].ssm
-    twin = bench.s5_peer(c, layer)
+    block = scrambled(train.build(c)).blocks[0]
+    layer = block.ssm
+    twin = peers.s5_peer(c, block).ssm
     u = torch.randn(2, 30, c.d_model, dtype=torch.float64)
     ours, theirs = weight_gradients(layer, u), weight_gradients(twin, u)
     close(ours["B"], theirs["seq.B"], 1e-12)
@@ -187,19 +188,19 @@ def test_s5_pytorch_s_weights_have_the_gradients_of_ours(monkeypatch):
     assert len(ours) == 6
 
 
-@pytest.mark.parametrize("name", bench.PEERS)
+@pytest.mark.parametrize("name", peers.PEERS)
 def test_a_peer_as_it_comes_has_our_logits(name):
     needs_peer(name)
-    assert bench.has_peer(bench_settings("--model", name, "--forms", "fast"))
+    assert peers.has_peer(bench_settings("--model", name, "--forms", "fast"))
 
 
 def replace_peer(monkeypatch, name, peer):
     """Puts a function (c, block) -> block in the place of the one that calls the package."""
-    package, _ = bench.PEERS[name]
-    monkeypatch.setitem(bench.PEERS, name, (package, peer))
+    package, _ = peers.PEERS[name]
+    monkeypatch.setitem(peers.PEERS, name, (package, peer))
 
 
-@pytest.mark.parametrize("name", bench.PEERS)
+@pytest.mark.parametrize("name", peers.PEERS)
 def test_bench_times_a_peer_s_layers_in_the_place_of_ours_where_one_is_installed(
         name, tmp_path, monkeypatch):
     made = []
@@ -221,16 +222,16 @@ def test_no_peer_has_ads_or_what_stands_in_its_place(words, monkeypatch):
     assert "peer" not in bench_settings("--model", "mamba", *words).forms
 
 
-@pytest.mark.parametrize("name", bench.PEERS)
+@pytest.mark.parametrize("name", peers.PEERS)
 def test_without_the_peer_bench_says_what_to_install(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, MODULES[name], None)
     assert "peer" not in bench_settings("--model", name).forms
-    package, _ = bench.PEERS[name]
+    package, _ = peers.PEERS[name]
     assert f"No peer is timed: {package} is not installed here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("factor", (0.5, 1 + 1e-3))
-@pytest.mark.parametrize("name", bench.PEERS)
+@pytest.mark.parametrize("name", peers.PEERS)
 def test_a_peer_that_computes_something_else_is_not_timed(
         name, factor, tmp_path, monkeypatch, capsys):
     def other(c, block):
