@@ -40,17 +40,14 @@ def read_run(folder, attacks):
     """tables.read_run, with "n" and "percent": the accuracies of best.pt under attacks, on the
     largest number n of images that all of them have.  UserError where there are none."""
     run = tables.read_run(folder, "--plot")
-    found = {}                                                          # {n: {attack: per cent}}
-    # Of several seeds of an attack the worst comes last and stays.
-    for row in sorted(run["rows"], key=lambda row: -row["accuracy"]):
-        found.setdefault(row["n"], {})[row["attack"]] = 100 * row["accuracy"]
-    sizes = [n for n, percent in found.items() if percent.keys() >= set(attacks)]
+    rows = run["rows"]
+    sizes = [n for _, n in rows if all((attack, n) in rows for attack in attacks)]
     if not sizes:
         raise train.UserError(
             f"--plot {folder}: its best-evaluation.json does not have all of these attacks on the "
             f"same images; --evaluate {folder}/best.pt --attacks {','.join(attacks)}")
     run["n"] = max(sizes)
-    run["percent"] = [found[run["n"]][attack] for attack in attacks]
+    run["percent"] = [100 * rows[attack, run["n"]]["accuracy"] for attack in attacks]
     return run
 
 
