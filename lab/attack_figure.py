@@ -19,7 +19,7 @@ def draw_attacks(path, folders, attacks):
     for folder in folders:
         run = read_run(folder, attacks)
         panels.setdefault(title_of(run["config"]), []).append(run)
-    with figures.picture(path, 1, len(panels), (5.2, 4.2), sharey=False) as axes:
+    with figures.picture(path, 1, len(panels), (5.2, 4.2)) as axes:
         for ax, (title, runs) in zip(axes[0], panels.items()):
             draw_panel(ax, runs, attacks, numbers)
             sizes = [run["n"] for run in runs]
