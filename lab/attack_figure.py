@@ -19,7 +19,7 @@ def draw_attacks(path, folders, attacks):
     for folder in folders:
         run = read_run(folder, attacks)
         panels.setdefault(title_of(run["config"]), []).append(run)
-    with figures.picture(path, 1, len(panels), (5.2, 4.2), sharey=False) as axes:
+    with figures.picture(path, 1, len(panels), (5.2, 4.2)) as axes:
         for ax, (title, runs) in zip(axes[0], panels.items()):
             draw_panel(ax, runs, attacks, numbers)
             sizes = [run["n"] for run in runs]
@@ -40,17 +40,14 @@ def read_run(folder, attacks):
     """tables.read_run, with "n" and "percent": the accuracies of best.pt under attacks, on the
     largest number n of images that all of them have.  UserError where there are none."""
     run = tables.read_run(folder, "--plot")
-    found = {}                                                          # {n: {attack: per cent}}
-    # Of several seeds of an attack the worst comes last and stays.
-    for row in sorted(run["rows"], key=lambda row: -row["accuracy"]):
-        found.setdefault(row["n"], {})[row["attack"]] = 100 * row["accuracy"]
-    sizes = [n for n, percent in found.items() if percent.keys() >= set(attacks)]
+    rows = run["rows"]
+    sizes = [n for _, n in rows if all((attack, n) in rows for attack in attacks)]
     if not sizes:
         raise train.UserError(
             f"--plot {folder}: its best-evaluation.json does not have all of these attacks on the "
             f"same images; --evaluate {folder}/best.pt --attacks {','.join(attacks)}")
     run["n"] = max(sizes)
-    run["percent"] = [found[run["n"]][attack] for attack in attacks]
+    run["percent"] = [100 * rows[attack, run["n"]]["accuracy"] for attack in attacks]
     return run
 
 

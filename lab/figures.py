@@ -19,7 +19,6 @@ import torch
 
 import train
 
-ATTACKS = ("clean", "pgd-10")                                           # in log.csv
 GROWING = ("clean", "pgd-official", "pgd-10", "pgd-50x5", "aa")         # ever stronger attacks
 SETS = {"train": "train", "val": "held-out", "test": "test"}            # there, and in a figure
 METHODS = {"standard": "ST", "pgd": "PGD-AT", "trades": "TRADES"}       # the paper's abbreviations
@@ -53,10 +52,11 @@ def main(words):
 
 
 @contextmanager
-def picture(path, rows=1, columns=1, size=(4.2, 3.2), sharex=True, sharey=True):
+def picture(path, rows=1, columns=1, size=(4.2, 3.2), **sharing):
     """Axes (rows, columns) to draw into; at the end they are written to path as PNG.
 
-    size is that of one panel, in inches.  UserError where matplotlib is not installed.
+    size is that of one panel, in inches; sharing as in matplotlib's subplots.  UserError where
+    matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
@@ -68,7 +68,7 @@ def picture(path, rows=1, columns=1, size=(4.2, 3.2), sharex=True, sharey=True):
     # A dollar sign in a run's name does not begin a formula.
     with rc_context({"text.parse_math": False}):
         figure = Figure((size[0] * columns, size[1] * rows), layout="constrained")
-        yield figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+        yield figure.subplots(rows, columns, squeeze=False, **sharing)
         figure.savefig(file, format="png", dpi=150)
     if train.rank() == 0:
         train.write(path, file.getvalue())
@@ -87,7 +87,7 @@ def attempt():
 def draw_lines(ax, lines, top):
     """{label: arguments of errorbar} in black, y from 0 to top; labels stand at the lines' ends."""
     ax.set_ylim(0, top)
-    ax.tick_params(labelleft=True, labelbottom=True)
+    ax.tick_params(labelbottom=True)
     ax.spines[["top", "right"]].set_visible(False)
     ends = sorted(lines.items(), key=lambda item: item[1]["y"][-1])
     heights = apart([line["y"][-1] for _, line in ends], 0.06 * top)
@@ -132,7 +132,7 @@ def read_log(run):
         rows = [row for row in rows if sets and row[f"{sets[-1]}_pgd-10"] != ""]
         log["epoch"] = [int(row["epoch"]) for row in rows]
         for name in sets:
-            for attack in ATTACKS:
+            for attack in train.ROW:
                 log["lines"][name, attack] = [float(row[f"{name}_{attack}"]) for row in rows]
         if not all(0 < epoch < 1e9 for epoch in log["epoch"]):
             raise ValueError
@@ -151,7 +151,7 @@ def draw_runs(path, logs):
     """A panel for each of read_log's logs."""
     columns = 2 if len(logs) == 4 else min(len(logs), 3)
     most = max(max(accuracies) for log in logs for accuracies in log["lines"].values())
-    with picture(path, math.ceil(len(logs) / columns), columns) as axes:
+    with picture(path, math.ceil(len(logs) / columns), columns, sharex=True) as axes:
         for ax in axes.flat[len(logs):]:
             ax.axis("off")
         for ax, log in zip(axes.flat, logs):
@@ -162,9 +162,9 @@ def draw_run(ax, log, top):
     """Accuracies in per cent over epochs, with a vertical line where Best was chosen."""
     lines = {}
     for (name, attack), accuracies in log["lines"].items():
-        style = ("o" if attack == "clean" else "s") + ("--" if name == "train" else "-")
+        fmt = ("o" if attack == "clean" else "s") + ("--" if name == "train" else "-")
         percent = [100 * accuracy for accuracy in accuracies]
-        lines[f"{SETS[name]}, {attack}"] = {"x": log["epoch"], "y": percent, "fmt": style}
+        lines[f"{SETS[name]}, {attack}"] = {"x": log["epoch"], "y": percent, "fmt": fmt}
     draw_lines(ax, lines, top)
     # PGD-10 on the last set chooses, clean accuracy breaks a tie, the first of equals stays.
     chooser, _ = list(log["lines"])[-1]
@@ -184,9 +184,8 @@ def draw_sweep(stem, what, rows):
         line = [row for row in rows if row["attack"] == attack]
         line.sort(key=lambda row: row[what])
         bars = [[100 * abs(row[end] - row["accuracy"]) for row in line] for end in ("low", "high")]
-        lines[attack] = {"x": [row[what] for row in line], "yerr": bars,
-                         "y": [100 * row["accuracy"] for row in line],
-                         "fmt": style(k)}
+        lines[attack] = {"x": [row[what] for row in line], "yerr": bars, "fmt": style(k),
+                         "y": [100 * row["accuracy"] for row in line]}
     with attempt(), picture(stem.with_name(f"{stem.name}-{what}-sweep.png")) as axes:
         draw_lines(axes[0, 0], lines, top=105 * max(row["high"] for row in rows))
         axes[0, 0].set(xlabel=what, ylabel=f"accuracy, %  (n = {rows[0]['n']:,})")
@@ -246,9 +245,9 @@ def draw_changes(path, rows):
         points = panels.setdefault(distance, {}).setdefault(row["on"], {"x": [], "y": []})
         points["x"].append(1 + row["value"])
         points["y"].append(f"{part} {row['layer']}")
-    parts = {part for lines in panels.values() for points in lines.values() for part in points["y"]}
+    parts = {(row["quantity"].split(": ")[0], row["layer"]) for row in rows}
     models = list(dict.fromkeys(row["on"].rpartition(" ")[0] for row in rows))
-    with picture(path, 1, len(panels), (3.0, 1.2 + 0.3 * len(parts)), sharex=False) as axes:
+    with picture(path, 1, len(panels), (3.0, 1.2 + 0.3 * len(parts)), sharey=True) as axes:
         for ax, (distance, lines) in zip(axes[0], panels.items()):
             for name, points in lines.items():
                 model, _, images = name.rpartition(" ")
@@ -257,13 +256,12 @@ def draw_changes(path, rows):
                         mfc="black" if images == "test" else "none", color="black",
                         ms=9 if images == "train" else 5, label=name)
             ax.axvline(1, color="black", lw=0.8)
-            ax.set_ylim(len(parts) - 0.5, -0.5)
-            ax.set(xscale="log", xlabel=f"{distance}, after / before")
+            ax.set(xscale="log", xlabel=f"{distance}, after / before",
+                   ylim=(len(parts) - 0.5, -0.5))
             low, high = ax.get_xlim()
             ax.set_xlim(min(low, 0.1), max(high, 10))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter("")
             ax.grid(axis="y", color="0.85")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        axes[0, 0].figure.legend(handles, labels, ncols=6, frameon=False,
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, frameon=False,
                                  loc="outside upper center")

@@ -13,15 +13,16 @@ Glossary   run   result.json as a dict, with what read_run and read_evaluation a
 """
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import train
 from lab.evaluate import mcnemar, paired_interval, survivors_of
 
 # Settings that keep runs apart though no column shows them, beside those of train.OWNERS.
-SETTINGS = ("alpha", "d_state", "n_layers", "patch_size", "batch_size", "lr", "weight_decay",
-            "eps_warmup", "precision", "classes", "alphas")
+SETTINGS = ("alpha", "n_layers", "batch_size", "lr", "weight_decay", "eps_warmup", "precision",
+            "classes", "alphas")
+TASK = ("dataset", "eps", "attacks", "select")      # what all runs of a table share
 LATER = ("pgd-official", "aa")          # attacks that --evaluate may have added to a finished run
 WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -32,14 +33,14 @@ def main(words):
     runs = [read_run(str(Path(folder))) for folder in p.given(words)["table"]]
     first = runs[0]
     for run in runs:
-        if run["task"] != first["task"]:
+        if any(run["config"][name] != first["config"][name] for name in TASK):
             raise train.UserError(f"--table {run['folder']}: its dataset, eps, attacks or select "
                                   f"differ from those of {first['folder']}; print them apart")
     name_runs(runs)
     lines = group(runs)
     attacks = first["config"]["attacks"]
     later = [attack for attack in LATER if attack not in attacks
-             and any(find_row(run, attack) for run in runs)]
+             and any(attack in run["widest"] for run in runs)]
     alike = [f"{head} {value}" for head, value in first["columns"].items()
              if head not in first["name"]]
     train.say(f"{first['config']['dataset']}, {', '.join(alike)}\n")
@@ -58,8 +59,8 @@ def check(values, low=0, high=1e9):
 
 
 def read_run(folder, flag="--table"):
-    """result.json, with "folder", "seed", "task" (what all runs of a table share), and the dicts
-    "columns" and "settings".  UserError where it is missing, damaged or of another form.
+    """result.json, with "folder", "log", "seed", the dicts "columns" and "settings", and what
+    read_evaluation adds.  UserError where it is missing, damaged or of another form.
     flag: what the user gave it by, for messages"""
     try:
         run = json.loads((Path(folder) / "result.json").read_text())
@@ -69,20 +70,20 @@ def read_run(folder, flag="--table"):
             raise ValueError
         check([c.seed], -1e30, 1e30)
         check([c.eps], 0, 1)
-        check([c.steps, c.d_model, c.epochs, run["n_train"], run["n_test"], run["Best"]["epoch"],
-               run.get("parameters", 1)])
+        check([c.steps, c.d_model, c.epochs, run["n_train"], run["n_test"], run["parameters"],
+               run["Best"]["epoch"]])
         for attack in c.attacks:
             check([run["Best"][attack], run["Last"][attack]], 0, 1)
             check([run["Diff"][attack]], -1, 1)
-        run |= {"folder": folder, "seed": c.seed, "flag": flag}
-        run["task"] = [c.dataset, c.eps, c.attacks, c.select]
+        run |= {"folder": folder, "flag": flag, "seed": c.seed}
+        run["log"] = "log.txt" if (Path(folder) / "log.txt").exists() else "log.csv"
         run["columns"] = {"model": train.name_of(c), "method": c.method, "eps": train.show(c.eps),
                           "steps": c.steps, "width": c.d_model, "epochs": c.epochs,
                           "n train": run["n_train"], "n test": run["n_test"]}
-        run["settings"] = {name: str(vars(c).get(name)) for name in SETTINGS}
-        for name, owners in train.OWNERS.items():
-            owned = {c.method, c.model} & set(owners)
-            run["settings"][name] = str(vars(c).get(name)) if owned else ""
+        run["settings"] = {}
+        for name in (*SETTINGS, *train.OWNERS):
+            used = name in SETTINGS or {c.method, c.model} & set(train.OWNERS[name])
+            run["settings"][name.replace("_", "-")] = str(vars(c).get(name)) if used else ""
     except WRONG:
         raise train.UserError(f"{flag} {folder}: there is no result.json of a finished run; let "
                               "the run end, or leave it out") from None
@@ -91,9 +92,10 @@ def read_run(folder, flag="--table"):
 
 
 def read_evaluation(run):
-    """Adds "rows", those of best-evaluation.json at the run's own eps and alpha, and "outcomes":
+    """Adds what best-evaluation.json says at the run's own eps and alpha, of several seeds the
+    worst: "rows" {(attack, n): row}, "widest" {attack: its row on most images}, and "outcomes"
     {(attack, n, classes): [bool], which images survived}.  UserError where it is damaged."""
-    run |= {"rows": [], "outcomes": {}}
+    run |= {"rows": {}, "widest": {}, "outcomes": {}}
     file = Path(run["folder"]) / "best-evaluation.json"
     c = run["config"]
     if not file.exists():
@@ -102,26 +104,23 @@ def read_evaluation(run):
         evaluation = json.loads(file.read_text())
         if evaluation.get("epoch", run["Best"]["epoch"]) != run["Best"]["epoch"]:
             return
-        for row in evaluation["rows"]:
-            if row["eps"] == c["eps"] and (row["attack"] == "aa" or row["alpha"] == c["alpha"]):
-                check([row["n"]], 1)
-                check([row["accuracy"]], 0, 1)
-                run["rows"].append(row)
+        rows = [row for row in evaluation["rows"] if row["eps"] == c["eps"]
+                and (row["attack"] == "aa" or row["alpha"] == c["alpha"])]
+        check([row["n"] for row in rows], 1)
+        check([row["accuracy"] for row in rows], 0, 1)
         # Of several seeds the worst comes last and stays.
-        for row in sorted(run["rows"], key=lambda row: -row["accuracy"]):
-            if "survivors" in row and ": " not in row["attack"]:            # no stage, no transfer
+        for row in sorted(rows, key=lambda row: -row["accuracy"]):
+            attack, n = row["attack"], row["n"]
+            run["rows"][attack, n] = row
+            if "survivors" in row and ": " not in attack:           # no stage, no transfer
                 survived = survivors_of(row)
                 check([fmean(survived) - row["accuracy"]], -1e-6, 1e-6)
-                run["outcomes"][row["attack"], row["n"], run["settings"]["classes"]] = survived
+                run["outcomes"][attack, n, run["settings"]["classes"]] = survived
+        for attack, n in sorted(run["rows"]):
+            run["widest"][attack] = run["rows"][attack, n]
     except WRONG:
         raise train.UserError(f"{run['flag']} {run['folder']}: its best-evaluation.json is "
                               "damaged; evaluate best.pt again, or remove the file") from None
-
-
-def find_row(run, attack):
-    """The row of an attack on most images, of several seeds the worst; or None."""
-    rows = [row for row in run["rows"] if row["attack"] == attack]
-    return min(rows, key=lambda row: (-row["n"], row["accuracy"]), default=None)
 
 
 def name_runs(runs):
@@ -135,21 +134,20 @@ def name_runs(runs):
                     if a["columns"] == b["columns"])]
     for run in runs:
         run["name"] = {head: run["columns"][head] for head in vary}
-        for flag in apart:
-            run["name"][flag.replace("_", "-")] = run["settings"][flag]
+        run["name"] |= {flag: run["settings"][flag] for flag in apart}
 
 
 def group(runs):
     """Lines: runs whose columns and settings are the same.  UserError if a seed comes twice."""
     lines = {}
     for run in runs:
-        line = lines.setdefault((*run["columns"].items(), *run["settings"].items()), [])
-        for other in line:
-            if other["seed"] == run["seed"]:
-                raise train.UserError(f"{run['flag']} {run['folder']}: {other['folder']} has the "
-                                      "same settings and seed; give one of them")
-        line.append(run)
-    return list(lines.values())
+        line = lines.setdefault((*run["columns"].items(), *run["settings"].items()), {})
+        if run["seed"] in line:
+            other = line[run["seed"]]
+            raise train.UserError(f"{run['flag']} {run['folder']}: {other['folder']} has the same "
+                                  "settings and seed; give one of them")
+        line[run["seed"]] = run
+    return [list(line.values()) for line in lines.values()]
 
 
 def results(line, attacks, later):
@@ -158,19 +156,19 @@ def results(line, attacks, later):
     for which in ("Best", "Last", "Diff"):
         cells[f"{which}: {' / '.join(attacks)}"] = " / ".join(
             spread([100 * run[which][attack] for run in line]) for attack in attacks)
-    cells["parameters"] = line[0].get("parameters", "")
+    cells["parameters"] = line[0]["parameters"]
     for attack in later:
         cells[f"Best: {attack}"] = later_result(line, attack)
-    cells["logs"] = links(line, "log.txt", "log.csv")
+    cells["logs"] = " ".join(f"[{run['seed']}]({run['folder']}/{run['log']})" for run in line)
     if later:
-        evaluated = [run for run in line if any(find_row(run, attack) for attack in later)]
-        cells["evaluations"] = links(evaluated, "best-evaluation.json")
+        cells["evaluations"] = " ".join(f"[{run['seed']}]({run['folder']}/best-evaluation.json)"
+                                        for run in line if run["widest"].keys() & later)
     return cells
 
 
 def later_result(line, attack):
     """'67.6 +- 1.4, n 200 to 500, seed 0 1': n and seeds where they are not those of the line."""
-    found = {run["seed"]: find_row(run, attack) for run in line if find_row(run, attack)}
+    found = {run["seed"]: run["widest"][attack] for run in line if attack in run["widest"]}
     if not found:
         return ""
     cell = spread([100 * row["accuracy"] for row in found.values()])
@@ -182,22 +180,10 @@ def later_result(line, attack):
     return cell
 
 
-def links(runs, *files):
-    """A link for each run, by its seed, to the first of these files that is there, or the last."""
-    found = []
-    for run in runs:
-        file = next((file for file in files if (Path(run["folder"]) / file).exists()), files[-1])
-        found.append(f"[{run['seed']}]({run['folder']}/{file})")
-    return " ".join(found)
-
-
 def spread(values):
     """'mean +- standard deviation', or the one value."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return f"{mean:.1f} +- {variance ** 0.5:.1f}"
+    deviation = f" +- {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1f}{deviation}"
 
 
 def outcomes_of(line, key):

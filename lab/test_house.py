@@ -26,11 +26,11 @@ BUDGETS = {"README.md": 150, "ads.py": 95, "s4_adv.py": 705, "mamba_adv.py": 550
            "attention_adv.py": 545, "train.py": 1395, "test_all.py": 1000,
            "lab/autoattack.py": 380, "lab/evaluate.py": 366, "lab/checks.py": 153,
            "lab/theory.py": 200, "lab/certificate.py": 105, "lab/analyse.py": 358,
-           "lab/bench.py": 300, "lab/peers.py": 100, "lab/figures.py": 270, "lab/tables.py": 240,
+           "lab/bench.py": 300, "lab/peers.py": 100, "lab/figures.py": 267, "lab/tables.py": 224,
            "lab/triton_scan.py": 135, "lab/baselines.py": 120,
            "lab/steps.py": 70, "lab/floor.py": 75,
            "lab/tiny_imagenet.py": 85,
-           "lab/attack_figure.py": 75}
+           "lab/attack_figure.py": 70}
 
 
 def imports(path):
