@@ -9,7 +9,6 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
@@ -109,20 +108,22 @@ def cell_of(family, run, attack):
 ROWS = {"S4": ("mnist-eps0.3-long", "s4"), "S4 + GELU": ("mnist-eps0.3-long", "s4-gelu"),
         "S4 + MLP": ("mnist-eps0.3-long", "s4-mlp"), "S4 + GLU": ("mnist-step-constant", "s4-glu"),
         "S4 + AdS": ("mnist-eps0.3-long", "s4-ads"), "Mamba": ("mnist-eps0.3-long", "mamba"),
-        "Mega": ("mnist-eps0.3-long", "attention"), "CNN": ("mnist-baselines", "cnn")}
+        "Mega": ("mnist-eps0.3-long", "attention"), "CNN": ("mnist-baselines", "cnn"),
+        "ViT": ("mnist-baselines", "vit")}
 
 
 def row_of(name):
     """The cells of a model's row."""
     family, run = ROWS[name]
+    cifar10 = "cifar10-baselines" if family == "mnist-baselines" else "cifar10-patch4"
     sizes = []
-    for place in (family, "cifar10-patch4"):
+    for place in (family, cifar10):
         log = HERE / "results" / place / f"{run}-seed0" / "log.txt"
         if log.exists():
             sizes += re.findall(r": ([\d,]+) trainable", log.read_text())
     return [" / ".join(sizes), *(cell_of(family, run, a) for a in ("clean", "pgd-10", "aa")),
             cell_of("mnist-step-falling", run, "aa"),
-            *(cell_of("cifar10-patch4", run, a) for a in ("clean", "pgd-10", "aa"))]
+            *(cell_of(cifar10, run, a) for a in ("clean", "pgd-10", "aa"))]
 
 
 def test_the_table_of_the_readme_is_that_of_the_runs():
@@ -133,6 +134,26 @@ def test_the_table_of_the_readme_is_that_of_the_runs():
         (name, row_of(name)) for name in ROWS]
 
 
+# (i) of the findings: images, model, steps -> the folder and the name of its runs.
+PLAIN = {"MNIST | CNN | constant": ("mnist-baselines", "cnn"),
+         "MNIST | CNN | falling": ("mnist-step-falling", "cnn"),
+         "MNIST | ViT | constant": ("mnist-baselines", "vit"),
+         "CIFAR-10 | CNN | constant": ("cifar10-baselines", "cnn")}
+
+
+def plain_row(family, run):
+    """Parameters, seeds, clean / PGD-10, mean over seeds, and AutoAttack of each seed."""
+    clean, pgd, auto = outcomes((family,), run)
+    result = json.loads((HERE / "results" / family / f"{run}-seed0" / "result.json").read_text())
+    return [f"{result['parameters']:,}", str(len(clean)), f"{mean(clean):.1f} / {mean(pgd):.1f}",
+            ", ".join(f"{accuracy:.1f}" for accuracy in auto)]
+
+
+def test_the_table_of_plain_networks_is_that_of_the_runs():
+    for name, (family, run) in PLAIN.items():
+        assert f"| {name} | {' | '.join(plain_row(family, run))} |" in findings(), name
+
+
 # (h) of the findings: what stands in the middle of the block -> the name of its runs.
 MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
            "activation alone, GELU": "s4-gelu", "MLP, ReLU": "s4-mlp_relu",
@@ -141,6 +162,7 @@ MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
 CONSTANT = ("mnist-step-constant", "mnist-eps0.3-long")
 # The steps of the training attack -> the folders of its runs.
 SCHEDULES = {"ten of .04 (the paper's)": ("mnist-eps0.3-steps10",), "five of .10": CONSTANT,
+             ".04, .08, .12, .16, .20": ("mnist-step-rising",),
              ".30, then four of .05": ("mnist-step-first",),
              ".20, .16, .12, .08, .04": ("mnist-step-falling",)}
 
@@ -157,6 +179,11 @@ def outcomes(families, run):
             pgd.append(100 * best["pgd-10"])
             auto += [100 * max(rows, key=lambda row: row["n"])["accuracy"]] if rows else []
     return clean, pgd, auto
+
+
+def mean(numbers):
+    """As the tables round it: statistics.mean breaks ties otherwise."""
+    return sum(numbers) / len(numbers)
 
 
 def middle_row(run):
