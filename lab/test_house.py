@@ -241,6 +241,18 @@ def test_the_table_of_robust_overfitting_is_that_of_the_runs():
         assert cells == [f"{100 * result[row]['pgd-10']:.1f}" for row in ("Best", "Last", "Diff")]
 
 
+def test_the_differences_over_three_seeds_are_those_that_the_table_prints():
+    falling = HERE / "results" / "mnist-step-falling"
+    folders = [falling / f"s4-{m}-seed{seed}" for m in ("ads", "glu", "mlp") for seed in range(3)]
+    text = " ".join(findings().split())
+    runs = [tables.read_run(str(folder)) for folder in folders]
+    tables.name_runs(runs)
+    glu, mlp = (f"{row['difference']} {{}} ({row['95 % interval']}"
+                for row in tables.compare(tables.group(runs)) if row["attack"] == "aa")
+    assert f"Over three seeds GLU lies {glu.format('points from AdS')})" in text
+    assert f"the MLP with a GELU {mlp.replace('{} ', '')};" in text
+
+
 def test_the_differences_in_the_findings_are_those_that_the_table_prints():
     """Of AutoAttack with falling steps: each line minus AdS with ReLU, seed 0, from --table."""
     text = findings()
