@@ -290,7 +290,8 @@ def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
 
 
 def test_the_matrix_of_transfer_is_that_of_the_logs():
-    rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$", findings(), re.M)
+    rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$",
+                      findings(), re.M)
     names = [name for _, name in rows]
     assert len(names) == 7
     for cells, name in rows:
