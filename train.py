@@ -35,7 +35,6 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -956,10 +955,11 @@ def evaluate(model, images, labels, specs, c, place):
 # --------------------------------------------------------------------------------------------------
 
 def fraction(text):
-    """'8/255', '0.031' -> float."""
+    """'8/255', '3.2/255', '0.031' -> float."""
     try:
-        value = float(Fraction(text) if "/" in text else text)
-        if math.isfinite(value):
+        parts = [float(part) for part in text.split("/", 1)]
+        value = parts[0] / parts[1] if len(parts) == 2 else parts[0]
+        if all(math.isfinite(number) for number in (*parts, value)):
             return value
     except (ValueError, ZeroDivisionError, OverflowError):
         pass

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The command line of training: presets, flags, and what it says of bad input."""
+import argparse
 import re
 import subprocess
 import sys
@@ -28,6 +29,11 @@ def test_flags_take_fractions_and_both_spellings():
     c = settings("--epsilon", "4/255", "--step-size", "1/255", "--num-steps", "7", "--ads")
     assert (c.eps, c.alpha, c.steps, c.ads) == (4 / 255, 1 / 255, 7, "relu")
     assert settings("--ads", "tanh", "--eps", "0.031").eps == 0.031
+    assert [train.fraction(f"{k}/255") for k in range(256)] == [k / 255 for k in range(256)]
+    assert train.fraction("3.2/255") == 3.2 / 255
+    for text in ("8/", "1/2/3", "/3", "1/0", "1/inf", "nan", "1e308/1e-308"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no number; write it as 8/255"):
+            train.fraction(text)
 
 
 def test_eps_alone_takes_the_step_along():
