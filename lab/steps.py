@@ -3,8 +3,7 @@
 
 A step of alpha sign(grad) moves every pixel by alpha. Short steps climb to the maximum next to
 their start. A first step of eps or more leaves it; steps that fall to 0 then settle elsewhere. So
-APGD begins, with 2 eps. A model that was trained against short steps may be robust to these alone:
-results/README.md, (h), has what came out.
+APGD begins, with 2 eps. A model may be robust to the short steps alone: results/README.md, (h).
 
 Papers     PGD   Madry et al. 2018, arXiv 1706.06083
            APGD  Croce & Hein 2020, arXiv 2003.01690, Sec. 3

@@ -87,20 +87,12 @@ def test_the_tables_of_results_are_what_their_command_prints(monkeypatch, capsys
 
 def cell_of(family, run, attack):
     """Mean over seeds, in per cent, of Best under an attack; (not run) where there is none."""
-    found = []
-    for folder in sorted((HERE / "results" / family).glob(f"{run}-seed[0-9]")):
-        result = json.loads((folder / "result.json").read_text())
-        accuracy = result["Best"].get(attack)
-        if attack == "aa":
-            rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
-            rows = [row for row in rows if row["attack"] == "aa"]
-            accuracy = max(rows, key=lambda row: row["n"])["accuracy"] if rows else None
-        if accuracy is not None:
-            found.append(100 * accuracy)
+    clean, pgd, auto = outcomes((family,), run)
+    found = {"clean": clean, "pgd-10": pgd, "aa": auto}[attack]
     if not found:
         return "not run"
     seeds = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(found), "")
-    return f"{sum(found) / len(found):.1f}{seeds}"
+    return f"{mean(found):.1f}{seeds}"
 
 
 # README's one table: model -> the folder in results/ of its runs on MNIST with a constant step,
@@ -229,8 +221,7 @@ def test_the_permutation_test_of_the_findings_is_that_of_the_runs():
 def test_the_table_of_robust_overfitting_is_that_of_the_runs():
     rows = re.findall(r"^\| (\w[\w +]*) \| ([\d,]+) \| ([\d.]+ / [\d.]+) \| ([\d.]+) \| ([\d.]+) "
                       r"\| (-?[\d.]+) \| (\d+) \|$", findings(), re.M)
-    names = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads", "Mega": "attention",
-             "Mamba": "mamba"}
+    names = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads", "Mega": "attention"}
     assert len(rows) == len(list((HERE / "results").glob("cifar10-overfit-*/*/result.json"))) > 3
     for name, size, fitted, *cells, n in rows:
         path = HERE / "results" / f"cifar10-overfit-{n}" / f"{names[name]}-seed0" / "result.json"
@@ -247,10 +238,10 @@ def test_the_differences_over_three_seeds_are_those_that_the_table_prints():
     text = " ".join(findings().split())
     runs = [tables.read_run(str(folder)) for folder in folders]
     tables.name_runs(runs)
-    glu, mlp = (f"{row['difference']} {{}} ({row['95 % interval']}"
-                for row in tables.compare(tables.group(runs)) if row["attack"] == "aa")
-    assert f"Over three seeds GLU lies {glu.format('points from AdS')})" in text
-    assert f"the MLP with a GELU {mlp.replace('{} ', '')};" in text
+    glu, mlp = [row for row in tables.compare(tables.group(runs)) if row["attack"] == "aa"]
+    assert (glu["model"], mlp["model"]) == ("s4 + glu", "s4 + mlp")
+    assert f"GLU lies {glu['difference']} points from AdS ({glu['95 % interval']})" in text
+    assert f"the MLP with a GELU {mlp['difference']} ({mlp['95 % interval']};" in text
 
 
 def test_the_differences_in_the_findings_are_those_that_the_table_prints():
@@ -276,7 +267,7 @@ def test_the_differences_in_the_findings_are_those_that_the_table_prints():
 
 def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
     rows = re.findall(r"^\| (.*) \| \[log\]\((analysis/steps-\S+)\) \|$", findings(), re.M)
-    assert len(rows) == 10
+    assert len(rows) == 12
     keys = ("cosine of gradients, a step of eps/10 apart",
             "cosine of gradients, a step of eps/3 apart", "accuracy, PGD-50 of eps/3",
             "accuracy, PGD-50 falling from eps/3", "accuracy, PGD-50 falling from 2 eps/3",
