@@ -9,7 +9,7 @@
     without AdS      40,456   68.0%   38.1%
     with AdS         57,096   75.3%   43.6%
 
-79 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread, one seed, other jobs beside it.
+79 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
 AdS brings parameters, too: see ads.py for its controls.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083

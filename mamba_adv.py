@@ -9,7 +9,7 @@
     without AdS      18,890   87.0%   57.7%
     with AdS         35,530   90.5%   65.1%
 
-110 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread, one seed, other jobs beside it.
+110 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
 AdS brings parameters, too: see ads.py for its controls.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083

@@ -9,7 +9,7 @@
     without AdS      21,322   68.8%   39.5%
     with AdS         37,962   94.1%   74.1%
 
-55 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread, one seed, other jobs beside it.
+55 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
 AdS brings parameters, too: see ads.py for its controls.
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
