@@ -1052,7 +1052,7 @@ def add_flags(p, only=None):
     flag("--yopo", pair, [5, 3], "YOPO: full passes and inner steps", "5-3", metavar="M-N")
     flag("--eps-warmup", float, 0.0, "eps and alpha grow from 0 over the first E epochs",
          "0; synthetic 3", metavar="E")
-    flag("--d-model", int, BY_DATA, "channels", metavar="H")
+    flag("--d-model", int, BY_DATA, "channels", "by data set; mamba on synthetic 32", metavar="H")
     flag("--d-state", int, BY_DATA, "states of a sequence map",
          "by data set; mamba, attention 16; s5 H", metavar="N")
     flag("--d-hidden", int, BY_DATA, "attention: channels of values and feed-forward", metavar="V")
@@ -1103,6 +1103,8 @@ def settings(given, defaults):
     c = SimpleNamespace(**vars(c) | given)
     if "d_state" not in given:
         c.d_state = c.d_model if c.model == "s5" else STATES.get(c.model, c.d_state)
+    if c.dataset == "synthetic" and c.model == "mamba" and "d_model" not in given:
+        c.d_model //= 2                         # Mamba is twice as wide inside, 64 like the others
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return c
 
@@ -1125,12 +1127,10 @@ def check(c):
     for name in ("steps", "beta", "weight_decay", "eps_warmup", "save_every", "eval_train"):
         if not 0 <= getattr(c, name) < 2 ** 31:
             refuse(name, "it must be a number of at least 0, below 2^31")
-    in_the_box = "it must lie in [0, 1], pixel units; 8/255, not 8"
     h, w = c.shape[1:]
-    if not 0 <= c.eps <= 1:
-        refuse("eps", in_the_box)
-    if not 0 <= c.alpha <= 1:
-        refuse("alpha", in_the_box)
+    for name in ("eps", "alpha"):
+        if not 0 <= getattr(c, name) <= 1:
+            refuse(name, "it must lie in [0, 1], pixel units; 8/255, not 8")
     if not all(0 <= alpha <= 1 for alpha in c.alphas or ()):
         refuse("alphas", "they must lie in [0, 1], pixel units; 2/255, not 2")
     if c.alphas and (c.method not in ("pgd", "trades") or len(c.alphas) != c.steps):
