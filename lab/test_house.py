@@ -21,7 +21,7 @@ from test_all import DATA, HERE, seeded
 FLOORS = [["ads"], ["s4_adv", "mamba_adv", "attention_adv"], ["train"]]
 
 # Lines at most. A file that outgrows its budget is split or shortened; a budget only falls.
-BUDGETS = {"README.md": 150, "ads.py": 95, "s4_adv.py": 705, "mamba_adv.py": 550,
+BUDGETS = {"README.md": 130, "ads.py": 95, "s4_adv.py": 705, "mamba_adv.py": 550,
            "attention_adv.py": 545, "train.py": 1395, "test_all.py": 1000,
            "lab/autoattack.py": 380, "lab/evaluate.py": 366, "lab/checks.py": 153,
            "lab/theory.py": 200, "lab/certificate.py": 105, "lab/analyse.py": 358,
@@ -97,11 +97,10 @@ def cell_of(family, run, attack):
 
 # README's one table: model -> the folder in results/ of its runs on MNIST with a constant step,
 # and the runs' name there and in the folders of the falling step and of CIFAR-10.
-ROWS = {"S4": ("mnist-eps0.3-long", "s4"), "S4 + GELU": ("mnist-eps0.3-long", "s4-gelu"),
-        "S4 + MLP": ("mnist-eps0.3-long", "s4-mlp"), "S4 + GLU": ("mnist-step-constant", "s4-glu"),
-        "S4 + AdS": ("mnist-eps0.3-long", "s4-ads"), "Mamba": ("mnist-eps0.3-long", "mamba"),
-        "Mega": ("mnist-eps0.3-long", "attention"), "CNN": ("mnist-baselines", "cnn"),
-        "ViT": ("mnist-baselines", "vit")}
+ROWS = {"S4": ("mnist-eps0.3-long", "s4"), "S4 + MLP": ("mnist-eps0.3-long", "s4-mlp"),
+        "S4 + GLU": ("mnist-step-constant", "s4-glu"), "S4 + AdS": ("mnist-eps0.3-long", "s4-ads"),
+        "Mamba": ("mnist-step-constant", "mamba"), "Mega": ("mnist-eps0.3-long", "attention"),
+        "CNN": ("mnist-baselines", "cnn"), "ViT": ("mnist-baselines", "vit")}
 
 
 def row_of(name):
@@ -309,8 +308,13 @@ def test_the_code_to_copy_runs(tmp_path):
     for file in ("ads.py", "s4_adv.py"):
         (tmp_path / file).write_bytes((HERE / file).read_bytes())
     (tmp_path / "own.py").write_text(code + """
+torch.manual_seed(0)
 batch = [(torch.rand(4, 3, 32, 32), torch.arange(4))]
-assert 0 <= train(batch, batch, epochs=1) <= 1
+losses = []
+for epochs in (1, 4):
+    torch.manual_seed(1)
+    losses.append(pgd_at_loss(train(batch, epochs), *batch[0], 8 / 255, 2 / 255, steps=10).item())
+assert losses[1] < losses[0], losses
 """)
     done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
