@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What the training attack reaches at each epoch, and a stronger one; which epoch each would choose.
+"""What the training attack and a stronger one reach at each epoch, and which epoch each chooses.
 
     OMP_NUM_THREADS=1 python results/analysis/epochs.py DATA_DIR EPOCH.pt [EPOCH.pt ...]
 
-EPOCH.pt is a copy of a run's last.pt, taken after an epoch. On the 1,000 held-out images of MNIST it
-prints the mean cross-entropy after the run's own training attack and after PGD-50 whose steps fall
-from 2 eps (lab/steps.py), and the accuracies under PGD-10, which chooses Best, and under that PGD-50.
+EPOCH.pt is a copy of a run's last.pt, taken after an epoch. On the 1,000 held-out images of MNIST
+it prints the mean cross-entropy after the run's own training attack, and after PGD-50 whose steps
+fall from 2 eps (lab/steps.py); then accuracies: clean, under PGD-10, which chooses Best, and under
+that PGD-50.
 """
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ from s4_adv import pgd                                                          
 def main(data_dir, files):
     x, y, *_ = train.torchvision_data("mnist", data_dir)
     x, y = x[-train.HELD_OUT:] / 255, y[-train.HELD_OUT:]
-    print("epoch  loss: training attack  PGD-50 from 2 eps  accuracy: clean  PGD-10  PGD-50 from 2 eps")
+    print("epoch  loss: training attack  PGD-50 from 2 eps",
+          "  accuracy: clean  PGD-10  PGD-50 from 2 eps", sep="")
     for file in files:
         state = torch.load(file, weights_only=True)
         c, model = state["config"], train.load(file)
