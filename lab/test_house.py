@@ -264,6 +264,31 @@ def test_the_differences_in_the_findings_are_those_that_the_table_prints():
         assert abs(float(said[3]) / float(row["McNemar's p"]) - 1) < 0.1, name
 
 
+def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
+    """The images, in points, that the three white-box attacks leave and Square takes."""
+    gaps = {}
+    for path in (HERE / "results").glob("*/*/best-evaluation.json"):
+        left = {(row["n"], row["attack"]): row["accuracy"]
+                for row in json.loads(path.read_text())["rows"]}
+        for n in [n for n, attack in left if attack == "aa: square"]:
+            white = min(left[n, f"aa: {attack}"] for attack in ("apgd-ce", "apgd-t", "fab-t"))
+            run = "/".join(path.parts[-3:-1])
+            gaps[run] = round(100 * (white - left[n, "aa: square"]), 1)
+    text = " ".join(findings().split())
+    equal = "mnist-(eps0.3-long|eps0.3-steps10|step-constant|lr)/"
+    for name, run in {"points of GLU": "s4-glu(-0.12)?", "of the MLP with a GELU": "s4-mlp",
+                      "of GELU alone": "s4-gelu", "of Mega": "attention", "of S4 (23": "s4",
+                      "of AdS": "s4-ads(_gelu)?"}.items():
+        found = [gap for key, gap in gaps.items()
+                 if re.fullmatch(rf"{equal}{run}(-lr1e-2)?-seed\d", key)]
+        assert f"{min(found):g} to {max(found):g} {name}" in text, name
+    assert gaps["mnist-lr/s4-lr3e-2-seed0"] == 23
+    falling = [gap for key, gap in gaps.items() if key.startswith("mnist-step-falling/")]
+    assert f"after falling steps at most {max(falling):g} of any" in text
+    assert sum(gap == 0 for key, gap in gaps.items() if key.startswith("mnist")) == 2
+    assert not any(gap for key, gap in gaps.items() if key.startswith("cifar10"))
+
+
 def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
     rows = re.findall(r"^\| (.*) \| \[log\]\((analysis/steps-\S+)\) \|$", findings(), re.M)
     assert len(rows) == 12
