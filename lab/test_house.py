@@ -304,6 +304,19 @@ def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
                                           *(f"{100 * share:.0f}" for share in left)], file
 
 
+def test_the_epochs_of_glu_in_the_findings_are_those_of_the_logs():
+    rows = re.findall(r"^\| (\d+)" + 4 * r" \| (.* / .*)" + r" \|$", findings(), re.M)
+    assert len(rows) == 6
+    for epoch, *cells in rows:
+        found = []
+        for steps in ("constant", "falling"):
+            log = (HERE / "results" / "analysis" / f"epochs-glu-{steps}.txt").read_text()
+            line, = re.findall(rf"^ *{epoch} +(.*)$", log, re.M)
+            loss, strong, _, ten, long = line.split()
+            found += [f"{loss} / {strong}", f"{ten} / {long}"]
+        assert cells == found, epoch
+
+
 def test_the_matrix_of_transfer_is_that_of_the_logs():
     rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$",
                       findings(), re.M)
