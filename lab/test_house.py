@@ -206,6 +206,46 @@ def test_the_tables_of_steps_are_those_of_the_runs():
     assert found == {name: schedule_row(families) for name, families in SCHEDULES.items()}
 
 
+# The steps of the training attack on CIFAR-10 -> the folder of its runs.
+CIFAR10_SCHEDULES = {"five of 2/255": "cifar10-patch4",
+                     "4/255, 3.2/255, 2.4/255, 1.6/255, 0.8/255": "cifar10-step-falling"}
+
+
+def cifar10_schedule_row(family):
+    """AutoAttack of each seed, of the columns of the table."""
+    runs = ("s4", "s4-mlp", "s4-glu", "s4-ads", "mamba", "attention")
+    return [", ".join(f"{accuracy:.1f}" for accuracy in outcomes((family,), run)[2]) or "not run"
+            for run in runs]
+
+
+def test_the_table_of_steps_on_cifar10_is_that_of_the_runs():
+    for name, family in CIFAR10_SCHEDULES.items():
+        row = f"| {name} | {' | '.join(cifar10_schedule_row(family))} |"
+        assert row in findings(), row
+
+
+# (c) of the findings, CIFAR-10 with falling steps -> the name of the runs.
+ALL_IMAGES = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + GLU": "s4-glu", "S4 + AdS": "s4-ads",
+              "Mamba": "mamba", "Mega": "attention"}
+
+
+def all_images_row(run):
+    """Of each seed: clean on 10,000 test images, PGD-10 on the first 1,000 and on 10,000."""
+    cells = {(10000, "clean"): [], (1000, "pgd-10"): [], (10000, "pgd-10"): []}
+    for path in sorted((HERE / "results" / "cifar10-step-falling").glob(f"{run}-seed?")):
+        rows = json.loads((path / "best-evaluation.json").read_text())["rows"]
+        left = {(row["n"], row["attack"]): row["accuracy"] for row in rows}
+        for key, found in cells.items():
+            found.append(f"{100 * left[key]:.1f}")
+    return [", ".join(found) for found in cells.values()]
+
+
+def test_the_table_of_all_images_is_that_of_the_runs():
+    for name, run in ALL_IMAGES.items():
+        row = f"| {name} | {' | '.join(all_images_row(run))} |"
+        assert row in findings(), row
+
+
 def test_the_permutation_test_of_the_findings_is_that_of_the_runs():
     """All ways to call six of the twelve AutoAttack accuracies those of AdS."""
     both = (*CONSTANT, "mnist-eps0.3-steps10")
