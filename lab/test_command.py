@@ -25,6 +25,13 @@ def test_presets_are_the_papers_protocol():
     assert settings("--model", "s5").d_state == 128
 
 
+def test_mamba_has_half_the_channels_on_the_drawn_digits_unless_they_are_given():
+    drawn = ("--dataset", "synthetic", "--model")
+    assert [settings(*drawn, model).d_model for model in train.SCRIPTS] == [64, 64, 64, 32, 64]
+    assert settings(*drawn, "mamba", "--d-model", "48").d_model == 48
+    assert settings("--model", "mamba").d_model == 128
+
+
 def test_flags_take_fractions_and_both_spellings():
     c = settings("--epsilon", "4/255", "--step-size", "1/255", "--num-steps", "7", "--ads")
     assert (c.eps, c.alpha, c.steps, c.ads) == (4 / 255, 1 / 255, 7, "relu")

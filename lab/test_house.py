@@ -246,6 +246,41 @@ def test_the_table_of_all_images_is_that_of_the_runs():
         assert row in findings(), row
 
 
+def test_the_lead_of_ads_on_all_images_is_the_one_that_the_table_prints():
+    folder = HERE / "results" / "cifar10-step-falling"
+    runs = [tables.read_run(str(folder / f"{run}-seed{seed}"))
+            for run in ("s4", "s4-ads") for seed in range(2)]
+    tables.name_runs(runs)
+    row, = [row for row in tables.compare(tables.group(runs))
+            if (row["attack"], row["n"]) == ("pgd-10", 10000)]
+    assert (row["model"], row["minus"]) == ("s4 + AdS relu", "s4")
+    said = f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};"
+    assert said in " ".join(findings().split())
+
+
+def test_best_and_last_of_the_runs_of_steps_lie_as_close_as_the_findings_say():
+    """All but the rising run, which the findings name."""
+    gaps, epochs = [], []
+    for family in {name for names in SCHEDULES.values() for name in names} - {"mnist-step-rising"}:
+        for path in (HERE / "results" / family).glob("*/result.json"):
+            result = json.loads(path.read_text())
+            gaps.append(abs(100 * result["Diff"]["pgd-10"]))
+            epochs.append(result["Best"]["epoch"])
+    text = " ".join(findings().split())
+    assert f"Best stands at epoch {min(epochs)} of 40 or later" in text
+    assert f"Last lies within {max(gaps):.1f} points of it under PGD-10" in text
+
+
+def test_the_table_of_the_default_is_that_of_its_logs():
+    rows = re.findall(r"^\| \w+ \| (.*) \| (\[PGD-AT\]\(demo/.*) \|$", findings(), re.M)
+    assert len(rows) == 5
+    for cells, links in rows:
+        logs = [(HERE / "results" / log).read_text() for log in re.findall(r"\((\S+)\)", links)]
+        best = [re.search(r"Best \(epoch \d+\) +(\S+) +(\S+)", log).groups() for log in logs]
+        assert cells.split(" | ") == [f"{float(c):.1f} / {float(r):.1f}" for c, r in best]
+        assert float(best[2][1]) <= 1                       # standard training can be broken
+
+
 def test_the_permutation_test_of_the_findings_is_that_of_the_runs():
     """All ways to call six of the twelve AutoAttack accuracies those of AdS."""
     both = (*CONSTANT, "mnist-eps0.3-steps10")
