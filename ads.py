@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
-CONTROLS = ("relu", "gelu", "glu", "mlp", "mlp-relu", "scale", "shift")
+CONTROLS = ("relu", "gelu", "glu", "glu-relu", "mlp", "mlp-relu", "scale", "shift")
 
 
 class AdaptiveScaling(nn.Module):
@@ -67,10 +67,11 @@ def middle(d_model, ads=None, control=None):
     control  str | None  "relu", "gelu"    one plain non-linearity, no parameters
                          "glu"             GELU, Linear(d, 2d), GLU: the usual S4 block
                          "mlp"             Linear, GELU, Linear: no product with y
-                         "mlp-relu"        the same with AdS's ReLU in the place of GELU
+                         "glu-relu",       these two with AdS's ReLU in the place of GELU
+                         "mlp-relu"
                          "scale", "shift"  one half of ReLU-AdS: s(y) * y, y + t(y)
 
-    "glu", "mlp" and "mlp-relu" have as many parameters as AdS.
+    "glu", "mlp" and their ReLU forms have as many parameters as AdS.
     Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
     """
     if ads and control:
@@ -78,14 +79,12 @@ def middle(d_model, ads=None, control=None):
                          "give one of them")
     if ads:
         return AdaptiveScaling(d_model, ads)
-    if control == "relu":
-        return nn.ReLU()
-    if control == "gelu":
-        return nn.GELU()
-    if control == "glu":
-        return nn.Sequential(nn.GELU(), nn.Linear(d_model, 2 * d_model), nn.GLU())
+    activation = nn.ReLU() if control in ("relu", "glu-relu", "mlp-relu") else nn.GELU()
+    if control in ("relu", "gelu"):
+        return activation
+    if control in ("glu", "glu-relu"):
+        return nn.Sequential(activation, nn.Linear(d_model, 2 * d_model), nn.GLU())
     if control in ("mlp", "mlp-relu"):
-        activation = nn.GELU() if control == "mlp" else nn.ReLU()
         return nn.Sequential(nn.Linear(d_model, d_model), activation, nn.Linear(d_model, d_model))
     if control in ("scale", "shift"):
         return AdaptiveScaling(d_model, "relu", only=control)
