@@ -246,15 +246,46 @@ def test_the_table_of_all_images_is_that_of_the_runs():
         assert row in findings(), row
 
 
-def test_the_lead_of_ads_on_all_images_is_the_one_that_the_table_prints():
-    folder = HERE / "results" / "cifar10-step-falling"
-    runs = [tables.read_run(str(folder / f"{run}-seed{seed}"))
-            for run in ("s4", "s4-ads") for seed in range(2)]
+def differences(*folders):
+    """{(model, attack, n): row} as `--table` prints them, of runs in results/."""
+    runs = [tables.read_run(str(HERE / "results" / folder)) for folder in folders]
     tables.name_runs(runs)
-    row, = [row for row in tables.compare(tables.group(runs))
-            if (row["attack"], row["n"]) == ("pgd-10", 10000)]
-    assert (row["model"], row["minus"]) == ("s4 + AdS relu", "s4")
-    said = f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};"
+    return {(row["model"], row["attack"], row["n"]): row
+            for row in tables.compare(tables.group(runs))}
+
+
+def test_the_lead_of_ads_on_cifar10_is_the_one_that_the_table_prints():
+    rows = differences(*(f"cifar10-step-falling/{run}-seed{seed}"
+                         for run in ("s4", "s4-ads") for seed in range(2)))
+    text = " ".join(findings().split())
+    row = rows["s4 + AdS relu", "pgd-10", 10000]
+    assert row["minus"] == "s4"
+    assert f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};" in text
+    row = rows["s4 + AdS relu", "apgd-t", 2000]
+    assert f"2,000 it leads by {row['difference']} ({row['95 % interval']}, seed 0)" in text
+
+
+def test_the_gain_of_falling_steps_in_trades_is_the_one_that_the_table_prints():
+    rows = differences(*(f"mnist-trades-steps/s4-glu-{steps}-seed0"
+                         for steps in ("constant", "falling")))
+    row = rows["s4 + glu", "aa", 200]
+    said = f"{row['difference']} points more ({row['95 % interval']};"
+    assert row["minus"] == "s4 + glu None" and said in " ".join(findings().split())
+
+
+def test_what_the_epoch_chosen_by_a_long_attack_keeps_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "epochs-glu-constant.txt").read_text()
+    left = re.findall(r"^aa +([\d.]+)0% ", log, re.M)
+    said = f"AutoAttack leaves it {left[0]} % (n = 200), the Best that PGD-10 chooses {left[1]}."
+    assert len(left) == 2 and said in " ".join(findings().split())
+
+
+def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "s4-ads-free.txt").read_text()
+    left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
+    said = (f"PGD-50 of eps/3 leaves {left['PGD-50 of eps/3']} %, falling from eps/10 "
+            f"{left['PGD-50 falling from eps/10']}, falling from 2 eps "
+            f"{left['PGD-50 falling from 2 eps']}, APGD-CE {left['APGD-CE']} ")
     assert said in " ".join(findings().split())
 
 
@@ -306,37 +337,30 @@ def test_the_table_of_robust_overfitting_is_that_of_the_runs():
         assert cells == [f"{100 * result[row]['pgd-10']:.1f}" for row in ("Best", "Last", "Diff")]
 
 
-def test_the_differences_over_three_seeds_are_those_that_the_table_prints():
-    falling = HERE / "results" / "mnist-step-falling"
-    folders = [falling / f"s4-{m}-seed{seed}" for m in ("ads", "glu", "mlp") for seed in range(3)]
-    text = " ".join(findings().split())
-    runs = [tables.read_run(str(folder)) for folder in folders]
-    tables.name_runs(runs)
-    glu, mlp = [row for row in tables.compare(tables.group(runs)) if row["attack"] == "aa"]
-    assert (glu["model"], mlp["model"]) == ("s4 + glu", "s4 + mlp")
-    assert f"GLU lies {glu['difference']} points from AdS ({glu['95 % interval']})" in text
-    assert f"the MLP with a GELU {mlp['difference']} ({mlp['95 % interval']};" in text
-
-
-def test_the_differences_in_the_findings_are_those_that_the_table_prints():
-    """Of AutoAttack with falling steps: each line minus AdS with ReLU, seed 0, from --table."""
-    text = findings()
-    falling = HERE / "results" / "mnist-step-falling"
-    folders = [*sorted(falling.glob("s4-*seed0")), falling / "attention-seed0"]
-    runs = [tables.read_run(str(folder)) for folder in folders]
-    tables.name_runs(runs)
-    printed = {row["model"]: row for row in tables.compare(tables.group(runs))
-               if row["attack"] == "aa"}
-    names = {"GLU": "s4 + glu", "MLP, ReLU": "s4 + mlp-relu", "AdS, GELU": "s4 + AdS gelu",
+# (h) of the findings, minus AdS with ReLU -> the model in the table of falling steps.
+MINUS_ADS = {"GLU": "s4 + glu", "MLP, ReLU": "s4 + mlp-relu", "AdS, GELU": "s4 + AdS gelu",
              "scale alone": "s4 + scale", "MLP, GELU": "s4 + mlp", "nothing": "s4",
              "Mega": "attention", "activation alone, ReLU": "s4 + relu",
              "activation alone, GELU": "s4 + gelu"}
-    for name, model in names.items():
-        row = printed[model]
-        said = re.search(rf"^\| {name} \| (-[\d.]+) \| (.*) \| (\S+) \|$", text, re.M)
-        assert row["minus"].startswith("s4 + AdS relu")
-        assert said.groups()[:2] == (row["difference"], row["95 % interval"]), name
-        assert abs(float(said[3]) / float(row["McNemar's p"]) - 1) < 0.1, name
+
+
+def difference_row(rows, name):
+    """Points, interval and p of each seed under AutoAttack."""
+    row = rows[MINUS_ADS[name], "aa", 200]
+    assert row["minus"].startswith("s4 + AdS relu")
+    return [row["difference"], row["95 % interval"], row["McNemar's p"].replace(" ", ", ")]
+
+
+def differences_of_falling_steps():
+    falling = HERE / "results" / "mnist-step-falling"
+    folders = [*sorted(falling.glob("s4-*seed[0-2]")), *sorted(falling.glob("attention-seed[0-2]"))]
+    return differences(*folders)
+
+
+def test_the_differences_in_the_findings_are_those_that_the_table_prints():
+    rows = differences_of_falling_steps()
+    for name in MINUS_ADS:
+        assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
 
 
 def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
