@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: MIT
+"""README and results/README.md say what the runs and logs in results/ say, number by number."""
+import csv
+import json
+import re
+from itertools import combinations
+
+import train
+from lab import tables
+from lab.test_house import findings
+from test_all import HERE, seeded
+
+
+def cell_of(family, run, attack):
+    """Mean over seeds, in per cent, of Best under an attack, and (how many), if not three."""
+    clean, pgd, auto = outcomes((family,), run)
+    found = {"clean": clean, "pgd-10": pgd, "aa": auto}[attack]
+    if not found:
+        return "not run"
+    return f"{mean(found):.1f}" + (f" ({len(found)})" if len(found) < 3 else "")
+
+
+# README's one table: model -> the folder in results/ of its runs on MNIST with a constant step,
+# and the runs' name there and in the folders of the falling step and of CIFAR-10.
+ROWS = {"S4": ("mnist-eps0.3-long", "s4"), "S4 + MLP": ("mnist-eps0.3-long", "s4-mlp"),
+        "S4 + GLU": ("mnist-step-constant", "s4-glu"),
+        "S4 + GLU with ReLU": ("mnist-step-constant", "s4-glu_relu"),
+        "S4 + AdS": ("mnist-eps0.3-long", "s4-ads"),
+        "Mamba": ("mnist-step-constant", "mamba"), "Mega": ("mnist-eps0.3-long", "attention"),
+        "CNN": ("mnist-baselines", "cnn")}
+
+
+def row_of(name):
+    """The cells of a model's row."""
+    family, run = ROWS[name]
+    cifar10 = "cifar10-baselines" if family == "mnist-baselines" else "cifar10-patch4"
+    sizes = []
+    for place in (family, "mnist-step-falling", cifar10):
+        log = HERE / "results" / place / f"{run}-seed0" / "log.txt"
+        if log.exists():
+            sizes += re.findall(r": ([\d,]+) trainable", log.read_text())
+    return [" / ".join(dict.fromkeys(sizes)),
+            *(cell_of(family, run, a) for a in ("clean", "pgd-10", "aa")),
+            cell_of("mnist-step-falling", run, "aa"),
+            *(cell_of(cifar10, run, a) for a in ("clean", "pgd-10", "aa")),
+            cell_of("cifar10-step-falling", run, "aa")]
+
+
+def test_the_table_of_the_readme_is_that_of_the_runs():
+    findings()
+    text = (HERE / "README.md").read_text()
+    found = re.findall(r"^\| ([\w +]+) \| (\d[\d, /]+ \| .*) \|$", text, re.M)
+    assert [(name, cells.split(" | ")) for name, cells in found] == [
+        (name, row_of(name)) for name in ROWS]
+
+
+# (i) of the findings: images, model, steps -> the folder and the name of its runs.
+PLAIN = {"MNIST | CNN | constant": ("mnist-baselines", "cnn"),
+         "MNIST | CNN | falling": ("mnist-step-falling", "cnn"),
+         "MNIST | ViT | constant": ("mnist-baselines", "vit"),
+         "CIFAR-10 | CNN | constant": ("cifar10-baselines", "cnn")}
+
+
+def plain_row(family, run):
+    """Parameters, seeds, clean / PGD-10, mean over seeds, and AutoAttack of each seed."""
+    clean, pgd, auto = outcomes((family,), run)
+    result = json.loads((HERE / "results" / family / f"{run}-seed0" / "result.json").read_text())
+    return [f"{result['parameters']:,}", str(len(clean)), f"{mean(clean):.1f} / {mean(pgd):.1f}",
+            ", ".join(f"{accuracy:.1f}" for accuracy in auto)]
+
+
+def test_the_table_of_plain_networks_is_that_of_the_runs():
+    for name, (family, run) in PLAIN.items():
+        assert f"| {name} | {' | '.join(plain_row(family, run))} |" in findings(), name
+
+
+# (h) of the findings: what stands in the middle of the block -> the name of its runs.
+MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
+           "activation alone, GELU": "s4-gelu", "MLP, ReLU": "s4-mlp_relu",
+           "MLP, GELU": "s4-mlp", "GLU, GELU": "s4-glu", "scale alone, ReLU": "s4-scale",
+           "AdS, ReLU": "s4-ads", "AdS, GELU": "s4-ads_gelu"}
+CONSTANT = ("mnist-step-constant", "mnist-eps0.3-long")
+# The steps of the training attack -> the folders of its runs.
+SCHEDULES = {"ten of .04 (the paper's)": ("mnist-eps0.3-steps10",), "five of .10": CONSTANT,
+             ".04, .08, .12, .16, .20": ("mnist-step-rising",),
+             ".30, then four of .05": ("mnist-step-first",),
+             ".20, .16, .12, .08, .04": ("mnist-step-falling",)}
+
+
+def outcomes(families, run):
+    """Of a run's seeds, by number: [clean], [PGD-10], [AutoAttack] in per cent."""
+    clean, pgd, auto = [], [], []
+    for family in families:
+        for folder in sorted((HERE / "results" / family).glob(f"{run}-seed[0-9]")):
+            best = json.loads((folder / "result.json").read_text())["Best"]
+            rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
+            rows = [row for row in rows if row["attack"] == "aa"]
+            clean.append(100 * best["clean"])
+            pgd.append(100 * best["pgd-10"])
+            auto += [100 * max(rows, key=lambda row: row["n"])["accuracy"]] if rows else []
+    return clean, pgd, auto
+
+
+def mean(numbers):
+    """As the tables round it: statistics.mean breaks ties otherwise."""
+    return sum(numbers) / len(numbers)
+
+
+def middle_row(run):
+    """Clean / PGD-10, mean over seeds, and AutoAttack of each seed; constant, falling steps."""
+    cells = []
+    for families in (CONSTANT, ("mnist-step-falling",)):
+        clean, pgd, auto = outcomes(families, run)
+        cells.append(f"{mean(clean):.1f} / {mean(pgd):.1f}")
+        cells.append(", ".join(f"{accuracy:.1f}" for accuracy in auto))
+    return cells
+
+
+def schedule_row(families):
+    """Clean, mean over seeds, and AutoAttack of each seed, of GLU, MLP and AdS."""
+    cells = []
+    for run in ("s4-glu", "s4-mlp", "s4-ads"):
+        clean, _, auto = outcomes(families, run)
+        cells += [f"{mean(clean):.1f}" if clean else "not run",
+                  ", ".join(f"{accuracy:.1f}" for accuracy in auto) or "not run"]
+    return cells
+
+
+def test_the_tables_of_steps_are_those_of_the_runs():
+    rows = re.findall(r"^\| ([\w ,]+) \| \d+,\d{3} \| (.*) \|$", findings(), re.M)
+    found = {name: cells.split(" | ") for name, cells in rows if name in MIDDLES}
+    assert found == {name: middle_row(run) for name, run in MIDDLES.items()}
+    rows = re.findall(r"^\| ([\w ,.()']+) \| (.*) \|$", findings(), re.M)
+    found = {name: cells.split(" | ") for name, cells in rows if name in SCHEDULES}
+    assert found == {name: schedule_row(families) for name, families in SCHEDULES.items()}
+
+
+# (h) of the findings, equal steps: the names of the runs with a GELU, in the logs with flat GELU,
+# and of the runs with a ReLU.
+DIP = {"GLU": ("s4-glu", "glu", "s4-glu_relu"), "MLP": ("s4-mlp", "mlp", "s4-mlp_relu"),
+       "activation alone": ("s4-gelu", "gelu", "s4-relu")}
+
+
+def dip_row(name):
+    """AutoAttack of each seed: with GELU, with flat GELU, with ReLU."""
+    gelu, flat, relu = DIP[name]
+    logs = sorted((HERE / "results" / "analysis").glob(f"flat-{flat}-seed?.txt"))
+    kept = [float(re.search(r"^aa +([\d.]+)%", log.read_text(), re.M)[1]) for log in logs]
+    columns = outcomes(CONSTANT, gelu)[2], kept, outcomes(CONSTANT, relu)[2]
+    return [", ".join(f"{accuracy:.1f}" for accuracy in column) for column in columns]
+
+
+def test_the_table_of_the_dip_is_that_of_the_runs():
+    for name in DIP:
+        assert f"| {name} | {' | '.join(dip_row(name))} |" in findings(), name
+
+
+def test_what_an_attack_through_flat_gelu_leaves_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "flat-attack.txt").read_text()
+    text = " ".join(findings().split())
+    for steps, said in (("step-constant", "steps leaves {} to {} % of the three GLUs .* it leaves "
+                         "{} to {}\\."), ("step-falling", "{} to {} become {} to {} ")):
+        found = re.findall(rf"^ +\S+ +(\S+) +(\S+) .*mnist-{steps}/s4-glu-", log, re.M)
+        assert len(found) == 3
+        plain, flat = ([float(cell) for cell in column] for column in zip(*found))
+        assert re.search(said.format(min(plain), max(plain), min(flat), max(flat)), text), steps
+    log = (HERE / "results" / "analysis" / "flat-glu-attack-seed0.txt").read_text()
+    left = re.search(r"^pgd-10 +([\d.]+)0% .* 2,000 ", log, re.M)[1]
+    assert f"PGD-10 of GLU's own gradient leaves {left} % (n = 2,000" in text
+
+
+# The steps of the training attack on CIFAR-10 -> the folder of its runs.
+CIFAR10_SCHEDULES = {"five of 2/255": "cifar10-patch4",
+                     "4/255, 3.2/255, 2.4/255, 1.6/255, 0.8/255": "cifar10-step-falling"}
+
+
+def cifar10_schedule_row(family):
+    """AutoAttack of each seed, of the columns of the table."""
+    runs = ("s4", "s4-mlp", "s4-glu", "s4-ads", "mamba", "attention")
+    return [", ".join(f"{accuracy:.1f}" for accuracy in outcomes((family,), run)[2]) or "not run"
+            for run in runs]
+
+
+def test_the_table_of_steps_on_cifar10_is_that_of_the_runs():
+    for name, family in CIFAR10_SCHEDULES.items():
+        row = f"| {name} | {' | '.join(cifar10_schedule_row(family))} |"
+        assert row in findings(), row
+
+
+# (c) of the findings, CIFAR-10 with falling steps -> the name of the runs.
+ALL_IMAGES = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + GLU": "s4-glu", "S4 + AdS": "s4-ads",
+              "Mamba": "mamba", "Mega": "attention"}
+
+
+def all_images_row(run):
+    """Of each seed: clean on 10,000 test images, PGD-10 on the first 1,000 and on 10,000."""
+    cells = {(10000, "clean"): [], (1000, "pgd-10"): [], (10000, "pgd-10"): []}
+    for path in sorted((HERE / "results" / "cifar10-step-falling").glob(f"{run}-seed?")):
+        rows = json.loads((path / "best-evaluation.json").read_text())["rows"]
+        left = {(row["n"], row["attack"]): row["accuracy"] for row in rows}
+        for key, found in cells.items():
+            found.append(f"{100 * left[key]:.1f}")
+    return [", ".join(found) for found in cells.values()]
+
+
+def test_the_table_of_all_images_is_that_of_the_runs():
+    for name, run in ALL_IMAGES.items():
+        row = f"| {name} | {' | '.join(all_images_row(run))} |"
+        assert row in findings(), row
+
+
+def differences(*folders):
+    """{(model, attack, n): row} as `--table` prints them, of runs in results/."""
+    runs = [tables.read_run(str(HERE / "results" / folder)) for folder in folders]
+    tables.name_runs(runs)
+    return {(row["model"], row["attack"], row["n"]): row
+            for row in tables.compare(tables.group(runs))}
+
+
+def test_the_lead_of_ads_on_cifar10_is_the_one_that_the_table_prints():
+    rows = differences(*(f"cifar10-step-falling/{run}-seed{seed}"
+                         for run in ("s4", "s4-ads") for seed in range(2)))
+    text = " ".join(findings().split())
+    row = rows["s4 + AdS relu", "pgd-10", 10000]
+    assert row["minus"] == "s4"
+    assert f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};" in text
+    row = rows["s4 + AdS relu", "apgd-t", 2000]
+    assert f"2,000 it leads by {row['difference']} ({row['95 % interval']}, seed 0)" in text
+
+
+def test_the_gain_of_falling_steps_in_trades_is_the_one_that_the_table_prints():
+    rows = differences(*(f"mnist-trades-steps/s4-glu-{steps}-seed0"
+                         for steps in ("constant", "falling")))
+    row = rows["s4 + glu", "aa", 200]
+    said = f"{row['difference']} points more ({row['95 % interval']};"
+    assert row["minus"] == "s4 + glu None" and said in " ".join(findings().split())
+
+
+def test_what_the_epoch_chosen_by_a_long_attack_keeps_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "epochs-glu-constant.txt").read_text()
+    left = re.findall(r"^aa +([\d.]+)0% ", log, re.M)
+    said = f"AutoAttack leaves it {left[0]} % (n = 200), the Best that PGD-10 chooses {left[1]}."
+    assert len(left) == 2 and said in " ".join(findings().split())
+
+
+def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "s4-ads-free.txt").read_text()
+    left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
+    said = (f"PGD-50 of eps/3 leaves {left['PGD-50 of eps/3']} %, falling from eps/10 "
+            f"{left['PGD-50 falling from eps/10']}, falling from 2 eps "
+            f"{left['PGD-50 falling from 2 eps']}, APGD-CE {left['APGD-CE']} ")
+    assert said in " ".join(findings().split())
+
+
+def test_best_and_last_of_the_runs_of_steps_lie_as_close_as_the_findings_say():
+    """All but the rising run, which the findings name."""
+    gaps, epochs = [], []
+    for family in {name for names in SCHEDULES.values() for name in names} - {"mnist-step-rising"}:
+        for path in (HERE / "results" / family).glob("*/result.json"):
+            result = json.loads(path.read_text())
+            gaps.append(abs(100 * result["Diff"]["pgd-10"]))
+            epochs.append(result["Best"]["epoch"])
+    text = " ".join(findings().split())
+    assert f"Best stands at epoch {min(epochs)} of 40 or later" in text
+    assert f"Last lies within {max(gaps):.1f} points of it under PGD-10" in text
+
+
+def test_the_table_of_the_default_is_that_of_its_logs():
+    rows = re.findall(r"^\| \w+ \| (.*) \| (\[PGD-AT\]\(demo/.*) \|$", findings(), re.M)
+    assert len(rows) == 5
+    for cells, links in rows:
+        logs = [(HERE / "results" / log).read_text() for log in re.findall(r"\((\S+)\)", links)]
+        best = [re.search(r"Best \(epoch \d+\) +(\S+) +(\S+)", log).groups() for log in logs]
+        assert cells.split(" | ") == [f"{float(c):.1f} / {float(r):.1f}" for c, r in best]
+        assert float(best[2][1]) <= 1                       # standard training can be broken
+
+
+def test_the_permutation_test_of_the_findings_is_that_of_the_runs():
+    """All ways to call six of the twelve AutoAttack accuracies those of AdS."""
+    both = (*CONSTANT, "mnist-eps0.3-steps10")
+    ads, mlp = (outcomes(both, run)[2] for run in ("s4-ads", "s4-mlp"))
+    assert len(ads) == len(mlp) == 6
+    pooled, found = ads + mlp, abs(sum(ads) - sum(mlp))
+    differences = [abs(2 * sum(six) - sum(pooled)) for six in combinations(pooled, 6)]
+    p = sum(d > found - 1e-9 for d in differences) / len(differences)
+    assert f"p = {p:.3f}".replace("0.", ".") + " by a permutation test" in findings()
+
+
+def test_the_table_of_robust_overfitting_is_that_of_the_runs():
+    rows = re.findall(r"^\| (\w[\w +]*) \| ([\d,]+) \| ([\d.]+ / [\d.]+) \| ([\d.]+) \| ([\d.]+) "
+                      r"\| (-?[\d.]+) \| (\d+) \|$", findings(), re.M)
+    names = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads", "Mega": "attention"}
+    assert len(rows) == len(list((HERE / "results").glob("cifar10-overfit-*/*/result.json"))) > 3
+    for name, size, fitted, *cells, n in rows:
+        path = HERE / "results" / f"cifar10-overfit-{n}" / f"{names[name]}-seed0" / "result.json"
+        result = json.loads(path.read_text())
+        last = list(csv.DictReader(path.with_name("log.csv").open()))[-1]
+        assert int(size.replace(",", "")) == result["parameters"]
+        assert fitted == " / ".join(f"{100 * float(last[f'train_{a}']):.1f}" for a in train.ROW)
+        assert cells == [f"{100 * result[row]['pgd-10']:.1f}" for row in ("Best", "Last", "Diff")]
+
+
+# (h) of the findings, minus AdS with ReLU -> the model in the table of falling steps.
+MINUS_ADS = {"GLU": "s4 + glu", "MLP, ReLU": "s4 + mlp-relu", "AdS, GELU": "s4 + AdS gelu",
+             "scale alone": "s4 + scale", "MLP, GELU": "s4 + mlp", "nothing": "s4",
+             "Mega": "attention", "activation alone, ReLU": "s4 + relu",
+             "activation alone, GELU": "s4 + gelu"}
+
+
+def difference_row(rows, name):
+    """Points, interval and p of each seed under AutoAttack."""
+    row = rows[MINUS_ADS[name], "aa", 200]
+    assert row["minus"].startswith("s4 + AdS relu")
+    return [row["difference"], row["95 % interval"], row["McNemar's p"].replace(" ", ", ")]
+
+
+def differences_of_falling_steps():
+    falling = HERE / "results" / "mnist-step-falling"
+    folders = [*sorted(falling.glob("s4-*seed[0-2]")), *sorted(falling.glob("attention-seed[0-2]"))]
+    return differences(*folders)
+
+
+def test_the_differences_in_the_findings_are_those_that_the_table_prints():
+    rows = differences_of_falling_steps()
+    for name in MINUS_ADS:
+        assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
+
+
+def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
+    """The images, in points, that the three white-box attacks leave and Square takes."""
+    gaps = {}
+    for path in (HERE / "results").glob("*/*/best-evaluation.json"):
+        left = {(row["n"], row["attack"]): row["accuracy"]
+                for row in json.loads(path.read_text())["rows"]}
+        for n in [n for n, attack in left if attack == "aa: square"]:
+            white = min(left[n, f"aa: {attack}"] for attack in ("apgd-ce", "apgd-t", "fab-t"))
+            run = "/".join(path.parts[-3:-1])
+            gaps[run] = round(100 * (white - left[n, "aa: square"]), 1)
+    text = " ".join(findings().split())
+    equal = "mnist-(eps0.3-long|eps0.3-steps10|step-constant|lr)/"
+    for name, run in {"points of GLU": "s4-glu(-0.12)?", "of the MLP with a GELU": "s4-mlp",
+                      "of GELU alone": "s4-gelu", "of Mega": "attention", "of S4 (23": "s4",
+                      "of AdS": "s4-ads(_gelu)?"}.items():
+        found = [gap for key, gap in gaps.items()
+                 if re.fullmatch(rf"{equal}{run}(-lr1e-2)?-seed\d", key)]
+        assert f"{min(found):g} to {max(found):g} {name}" in text, name
+    assert gaps["mnist-lr/s4-lr3e-2-seed0"] == 23
+    falling = [gap for key, gap in gaps.items() if key.startswith("mnist-step-falling/")]
+    assert f"after falling steps at most {max(falling):g} of any" in text
+    assert sum(gap == 0 for key, gap in gaps.items() if key.startswith("mnist")) == 3
+    assert not any(gap for key, gap in gaps.items() if key.startswith("cifar10"))
+
+
+def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
+    rows = re.findall(r"^\| (.*) \| \[log\]\((analysis/steps-\S+)\) \|$", findings(), re.M)
+    assert len(rows) == 12
+    keys = ("cosine of gradients, a step of eps/10 apart",
+            "cosine of gradients, a step of eps/3 apart", "accuracy, PGD-50 of eps/3",
+            "accuracy, PGD-50 falling from eps/3", "accuracy, PGD-50 falling from 2 eps/3",
+            "accuracy, PGD-50 falling from eps", "accuracy, PGD-50 falling from 2 eps",
+            "accuracy, APGD-CE")
+    for cells, file in rows:
+        log = (HERE / "results" / file).read_text()
+        near, far, *left = [float(re.search(rf"{key} +([\d.]+)$", log, re.M)[1]) for key in keys]
+        assert cells.split(" | ")[2:] == [f"{near:.2f}, {far:.2f}",
+                                          *(f"{100 * share:.0f}" for share in left)], file
+
+
+def test_the_epochs_of_glu_in_the_findings_are_those_of_the_logs():
+    rows = re.findall(r"^\| (\d+)" + 4 * r" \| (.* / .*)" + r" \|$", findings(), re.M)
+    assert len(rows) == 6
+    for epoch, *cells in rows:
+        found = []
+        for steps in ("constant", "falling"):
+            log = (HERE / "results" / "analysis" / f"epochs-glu-{steps}.txt").read_text()
+            line, = re.findall(rf"^ *{epoch} +(.*)$", log, re.M)
+            loss, strong, _, ten, long = line.split()
+            found += [f"{loss} / {strong}", f"{ten} / {long}"]
+        assert cells == found, epoch
+
+
+def test_the_matrix_of_transfer_is_that_of_the_logs():
+    rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$",
+                      findings(), re.M)
+    names = [name for _, name in rows]
+    assert len(names) == 7
+    for cells, name in rows:
+        log = (HERE / "results" / "transfer" / f"{name}.txt").read_text()
+        sources = re.findall(r"--transfer-from results/mnist-step-(\w+)/(\S+)-seed0/best.pt", log)
+        own = re.findall(r"^pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
+        left = re.findall(r"^transfer: pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
+        found = dict(zip(("-".join(source) for source in sources), left, strict=True))
+        assert len(set(own)) == 1 and len(found) == 6
+        assert cells.split(" | ") == [found.get(source, f"**{own[0]}**") for source in names], name
+
+
+def test_the_accuracies_under_attack_in_the_findings_are_those_of_the_logs():
+    table = re.search(r"^(\| model \|.*\| aa \|.*)\n\|[-|]+\n((?:\|.*\n)+)", findings(), re.M)
+    heads, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                    for line in (table[1], *table[2].splitlines())]
+    logs = [[HERE / "results" / log for log in re.findall(r"\((evaluation/\S+)\)", row[-1])]
+            for row in rows]                                            # of a row's seeds
+    assert all(logs)
+    for row, some in zip(rows, logs):
+        found = [{name: (f"{float(value):.1f}", n) for name, value, n in re.findall(
+            r"^(\S+) +([\d.]+)% +[\d.]+% - +[\d.]+% +([\d,]+) ", log.read_text(), re.M)}
+            for log in some]
+        assert row[heads.index("n")] == ", ".join(names["clean"][1] for names in found)
+        for head, cell in list(zip(heads, row))[heads.index("n") + 1:-1]:
+            expected = [names[head][0] for names in found if head in names]
+            assert cell == ", ".join(expected) and len(expected) in (0, len(some)), (some, head)
+
+
+def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pgd_10():
+    said = re.findall(r"^\| (.+) \| (\d+) \| (\S+) to (\S+) \|$", findings(), re.M)
+    logs = dict(re.findall(r"\[([\w.-]+/[\w.-]+)\]\((evaluation/\S+\.txt)\)", findings()))
+    gaps, others = {}, []
+    for path in (HERE / "results").glob("*/*/result.json"):
+        result = json.loads(path.read_text())
+        c, run = result["config"], "/".join(path.parts[-3:-1])
+        if run in logs:                                     # its checkpoint is gone
+            text = (HERE / "results" / logs[run]).read_text()
+            left = dict(re.findall(r"^(pgd-\S+) +([\d.]+)%", text, re.M))
+            assert f"/{path.parts[-2]}/best.pt" in text
+            others.append(float(left["pgd-official"]) - float(left["pgd-10"]))
+            continue
+        kept = json.loads(path.with_name("best-evaluation.json").read_text())
+        at = {(r["n"], r["attack"]): 100 * r["accuracy"] for r in kept["rows"]
+              if (r["eps"], r["alpha"]) == (c["eps"], c["alpha"])}
+        n = max(n for n, attack in at if attack == "pgd-official")
+        assert kept["epoch"] == result["Best"]["epoch"] and n >= 500, path
+        kind = "standard" if c["method"] == "standard" else "adversarial"
+        name = f"{c['dataset']}, eps {train.show(c['eps'])}, {kind} training"
+        gaps.setdefault(name, []).append(at[n, "pgd-official"] - at[n, "pgd-10"])
+    assert len(said) > 4 and sorted(said) == sorted(
+        (name, str(len(found)), *(f"{f(found) + 0.0:.1f}" for f in (min, max)))
+        for name, found in gaps.items())
+    text = " ".join(findings().split())
+    assert f"Best of {sum(map(len, gaps.values()))} trained models" in text and len(others) == 9
+    assert f"lies {min(others):.1f} to {max(others):.1f} points above" in text
+
+
+def test_the_speeds_in_the_findings_are_those_of_the_logs():
+    step = r"pgd-10 AT step +(\S+) +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) +(\S+)%"
+    rows = re.findall(r"^(\| \S.*\(bench/([\w-]+)\.txt\) \|)$", findings(), re.M)
+    assert len(rows) == 6
+    for row, name in rows:
+        log = (HERE / "results" / "bench" / f"{name}.txt").read_text()
+        cpu, mb, share = {}, {}, {}
+        for form, seconds, peak, of_floor in re.findall(step, log):
+            cpu[form], mb[form], share[form] = float(seconds), peak, of_floor
+        _, batch, here, of_floor, bf16, plain, other, peak, _ = row.strip("|").split("|")
+        assert f"batch {batch.strip()}," in log and "C library's default allocator" in log
+        assert f"**{cpu['fast']:.1f} s**" in here and of_floor == f" {share['fast']} % "
+        assert bf16.strip().startswith(f"{cpu['bf16']:.1f} s")
+        assert plain.strip() == f"{cpu['plain']:.1f} s, {cpu['plain'] / cpu['fast']:.1f}x"
+        peaks = [mb[form] for form in ("fast", "plain", "peer") if form in mb]
+        assert peak.strip() == " / ".join(peaks) + " MB"
+        if "no-ads" in cpu:
+            assert f"{cpu['fast'] / cpu['no-ads']:.2f}x S4" in here
+            assert f"{cpu['bf16'] / cpu['no-ads']:.2f}x S4" in bf16
+        assert ("peer" in cpu) == bool(other.strip())
+        if "peer" in cpu:
+            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.2f}x" in other
+
+
+def test_the_lengths_in_the_findings_are_those_of_the_logs():
+    rows = re.findall(r"^\| \[\w+\]\((bench/lengths-\w+\.txt)\) \| (.*) \|$", findings(), re.M)
+    assert len(rows) == 4
+    step = r"^ *(\d+) +pgd-10 AT step +fast +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) "
+    for file, cells in rows:
+        runs = re.findall(step, (HERE / "results" / file).read_text(), re.M)
+        assert cells.split(" | ") == [f"{1e6 * float(cpu) / 2 / int(L):.0f}, {mb}"
+                                      for L, cpu, mb in runs], file
