@@ -2,6 +2,7 @@
 """README and results/README.md say what the runs and logs in results/ say, number by number."""
 import csv
 import json
+import math
 import re
 from itertools import combinations
 
@@ -153,6 +154,23 @@ def dip_row(name):
 def test_the_table_of_the_dip_is_that_of_the_runs():
     for name in DIP:
         assert f"| {name} | {' | '.join(dip_row(name))} |" in findings(), name
+
+
+def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
+    text = " ".join((HERE / "README.md").read_text().split())
+    constant, falling = ({name: float(row_of(name)[cell].split()[0]) for name in ROWS
+                          if row_of(name)[cell] != "not run"} for cell in (3, 4))
+    assert (f"After equal steps AutoAttack leaves GLU {constant['S4 + GLU']} %, "
+            f"AdS {constant['S4 + AdS']} %") in text
+    kept = [float(cell) for cells in dip_row("GLU")[1:] for cell in cells.split(", ")]
+    for place in (text, " ".join(findings().split())):
+        assert f"GLU keeps {math.floor(min(kept))} to {math.ceil(max(kept))} %" in place
+    assert f"GLU itself keeps {falling['S4 + GLU']}, AdS {falling['S4 + AdS']}." in text
+    ahead = [f"{falling[f'S4 + {name}'] - falling['S4']:.0f}" for name in ("AdS", "GLU", "MLP")]
+    assert (f"AutoAttack puts AdS {constant['S4 + AdS'] - constant['S4']:.0f} points ahead of the "
+            "pure S4 on MNIST, with falling steps {}, a GLU {}, an MLP {}.".format(*ahead)) in text
+    assert (f"keeps {constant['CNN']:.0f} % under AutoAttack on MNIST, by falling steps "
+            f"{falling['CNN']:.0f};") in text
 
 
 def test_what_an_attack_through_flat_gelu_leaves_is_what_its_log_says():
