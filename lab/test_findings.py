@@ -139,7 +139,9 @@ def test_the_tables_of_steps_are_those_of_the_runs():
 # (h) of the findings, equal steps: the names of the runs with a GELU, in the logs with flat GELU,
 # and of the runs with a ReLU.
 DIP = {"GLU": ("s4-glu", "glu", "s4-glu_relu"), "MLP": ("s4-mlp", "mlp", "s4-mlp_relu"),
-       "activation alone": ("s4-gelu", "gelu", "s4-relu")}
+       "activation alone": ("s4-gelu", "gelu", "s4-relu"),
+       "AdS": ("s4-ads_gelu", "ads", "s4-ads"),
+       "Mega (SiLU)": ("attention", "attention", "attention_relu")}
 
 
 def dip_row(name):
@@ -148,7 +150,7 @@ def dip_row(name):
     logs = sorted((HERE / "results" / "analysis").glob(f"flat-{flat}-seed?.txt"))
     kept = [float(re.search(r"^aa +([\d.]+)%", log.read_text(), re.M)[1]) for log in logs]
     columns = outcomes(CONSTANT, gelu)[2], kept, outcomes(CONSTANT, relu)[2]
-    return [", ".join(f"{accuracy:.1f}" for accuracy in column) for column in columns]
+    return [", ".join(f"{accuracy:.1f}" for accuracy in column) or "not run" for column in columns]
 
 
 def test_the_table_of_the_dip_is_that_of_the_runs():
