@@ -10,7 +10,7 @@ GELU(a) = a Phi(a) falls until a = -0.7518 and rises from there on. Flat GELU is
 place and constant below: GELU(max(a, -0.7518)). SiLU(a) = a sigmoid(a), of Mega and Mamba, likewise
 at -1.2785.
 
-model    the flat ones stand in their place everywhere but in AdS: in training, attacks, evaluation
+model    the flat ones stand in their place everywhere: in training, attacks and evaluation
 attack   the model stays as it is; only PGD, in training and in the choice of Best, climbs the loss
          of the model with flat GELU, at the same cost (models of s4_adv.py)
 slope    likewise, but PGD's forward pass stays as it is, too: only its backward pass takes the
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import s4_adv                                                                   # noqa: E402
 import train                                                                    # noqa: E402
+from ads import ACTIVATIONS                                                     # noqa: E402
 from lab.steps import falling_steps                                             # noqa: E402
 
 PLAIN_GELU, PLAIN_SILU, plain_pgd = F.gelu, F.silu, s4_adv.pgd
@@ -58,10 +59,12 @@ def left(activation, a, *args, **kw):
 def replaced(form):
     """Within it GELU and SiLU have another form: flat, slope or left."""
     F.gelu, F.silu = partial(form, PLAIN_GELU), partial(form, PLAIN_SILU)
+    ACTIVATIONS["gelu"] = F.gelu                                        # that of AdS
     try:
         yield
     finally:
         F.gelu, F.silu = PLAIN_GELU, PLAIN_SILU
+        ACTIVATIONS["gelu"] = F.gelu
 
 
 def pgd_with(form, *args, **kw):
