@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """--analyse: every statement is measured on every model, and by hand on a few."""
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -8,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import ads
 import train
 from lab import analyse, figures
 from lab.steps import falling_steps, step_lengths
-from test_all import (MODELS, TINY, close, images, name, randn, seeded, settings, tiny, trains,
+from test_all import (HERE, MODELS, TINY, close, images, name, randn, seeded, settings, tiny, trains,
                       weights)
 
 SIZES = "--d-model 8 --d-state 4 --n-layers 1 --patch-size 14".split()
@@ -308,3 +311,32 @@ def test_long_steps_leave_the_maximum_that_holds_short_ones():
         assert numbers[f"accuracy, {short}"] > 0.6
     for long in ("PGD-50 falling from 2 eps", "APGD-CE"):
         assert numbers[f"accuracy, {long}"] == 0
+
+
+def test_the_forms_of_gelu_differ_from_it_where_their_script_says():
+    """results/analysis/flat_gelu.py: values, derivatives, and who gets them."""
+    path = HERE / "results" / "analysis" / "flat_gelu.py"
+    if not path.exists():
+        pytest.skip("no results/ beside the code")
+    spec = importlib.util.spec_from_file_location("flat_gelu", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    a = torch.linspace(-6, 6, 601, dtype=torch.double, requires_grad=True)
+
+    def value_and_slope(f):
+        return f(a).detach(), torch.autograd.grad(f(a).sum(), a)[0]
+    users = {F.gelu: (nn.GELU(), lambda v: F.gelu(v), lambda v: ads.ACTIVATIONS["gelu"](v)),
+             F.silu: (nn.SiLU(), lambda v: F.silu(v))}
+    for plain, functions in users.items():
+        value, slope = value_and_slope(plain)
+        dip = a.detach() < script.DIP[plain]
+        assert (slope[dip] < 0).all() and (slope[~dip] > 0).all()
+        left = slope.masked_fill(~dip & (a < 0), 0.0)
+        for form, expected in ((script.flat, (value.masked_fill(dip, value.min()), slope.relu())),
+                               (script.slope, (value, slope.relu())), (script.left, (value, left))):
+            with script.replaced(form):
+                found = [value_and_slope(f) for f in functions]
+            for pair in found:
+                torch.testing.assert_close(pair, expected, atol=1e-4, rtol=0)
+        for f in functions:                                             # as it was
+            torch.testing.assert_close(value_and_slope(f), (value, slope))
