@@ -15,8 +15,8 @@ import ads
 import train
 from lab import analyse, figures
 from lab.steps import falling_steps, step_lengths
-from test_all import (HERE, MODELS, TINY, close, images, name, randn, seeded, settings, tiny, trains,
-                      weights)
+from test_all import (HERE, MODELS, TINY, close, images, name, randn, seeded, settings, tiny,
+                      trains, weights)
 
 SIZES = "--d-model 8 --d-state 4 --n-layers 1 --patch-size 14".split()
 

@@ -167,6 +167,8 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     kept = [float(cell) for cells in dip_row("GLU")[1:] for cell in cells.split(", ")]
     for place in (text, " ".join(findings().split())):
         assert f"GLU keeps {math.floor(min(kept))} to {math.ceil(max(kept))} %" in place
+    assert (f"a GLU with ReLU keeps {constant['S4 + GLU with ReLU']} %, AdS "
+            f"{constant['S4 + AdS']};") in text
     assert f"GLU itself keeps {falling['S4 + GLU']}, AdS {falling['S4 + AdS']}." in text
     ahead = [f"{falling[f'S4 + {name}'] - falling['S4']:.0f}" for name in ("AdS", "GLU", "MLP")]
     assert (f"AdS leads the pure S4 by {constant['S4 + AdS'] - constant['S4']:.0f} points, after "
@@ -278,7 +280,8 @@ def test_the_lead_of_ads_on_cifar10_is_the_one_that_the_table_prints():
     text = " ".join(findings().split())
     row = rows["s4 + AdS relu", "pgd-10", 10000]
     assert row["minus"] == "s4"
-    assert f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};" in text
+    said = f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};"
+    assert said in text
     row = rows["s4 + AdS relu", "apgd-t", 2000]
     assert f"2,000 it leads by {row['difference']} ({row['95 % interval']}, seed 0)" in text
 
