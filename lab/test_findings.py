@@ -56,10 +56,10 @@ def test_the_table_of_the_readme_is_that_of_the_runs():
 
 
 # (i) of the findings: images, model, steps -> the folder and the name of its runs.
-PLAIN = {"MNIST | CNN | constant": ("mnist-baselines", "cnn"),
+PLAIN = {"MNIST | CNN | equal": ("mnist-baselines", "cnn"),
          "MNIST | CNN | falling": ("mnist-step-falling", "cnn"),
-         "MNIST | ViT | constant": ("mnist-baselines", "vit"),
-         "CIFAR-10 | CNN | constant": ("cifar10-baselines", "cnn")}
+         "MNIST | ViT | equal": ("mnist-baselines", "vit"),
+         "CIFAR-10 | CNN | equal": ("cifar10-baselines", "cnn")}
 
 
 def plain_row(family, run):
