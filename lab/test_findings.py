@@ -206,15 +206,21 @@ def test_the_table_of_slopes_is_that_of_its_log():
 
 
 def test_the_runs_whose_attack_alone_is_changed_keep_what_their_logs_say():
-    log = (HERE / "results" / "analysis" / "flat-glu-attack-seed0.txt").read_text()
-    own = re.search(r"Best \(epoch \d+\) +\S+ +([\d.]+)", log)[1]
-    lost = re.search(r"Diff +\S+ +([\d.]+)", log)[1]
-    ten = re.search(r"^pgd-10 +([\d.]+)0% .* 2,000 ", log, re.M)[1]
-    auto = re.search(r"^aa +([\d.]+)0% ", log, re.M)[1]
     text = " ".join(findings().split())
-    assert (f"GLU keeps {float(own):.1f} % on that attack's images, {ten} under its own PGD-10 "
-            f"(n = 2,000), {auto} under AutoAttack") in text
-    assert f"GLU whose attack sees a flat GELU {float(lost) + 1e-9:.1f} (both" in text
+    kept = {}
+    for form in ("attack", "slope"):
+        log = (HERE / "results" / "analysis" / f"flat-glu-{form}-seed0.txt").read_text()
+        own, = re.findall(r"Best \(epoch \d+\) +\S+ +([\d.]+)", log)
+        ten, = re.findall(r"^pgd-10 +([\d.]+)% .* 2,000 ", log, re.M)
+        auto, = re.findall(r"^aa +([\d.]+)% ", log, re.M)
+        lost, = re.findall(r"Diff +\S+ +([\d.]+)", log)
+        kept[form] = [f"{float(own):.1f}", f"{float(ten):g}", f"{float(auto):.1f}", float(lost)]
+    own, ten, auto, lost = kept["attack"]
+    assert (f"GLU keeps {own} % on that attack's images, {ten} under its own PGD-10 (n = 2,000), "
+            f"{auto} under AutoAttack") in text
+    own, ten, auto, also_lost = kept["slope"]
+    assert f"sees another GELU {lost + 1e-9:.1f} and {also_lost + 1e-9:.1f} (all in" in text
+    assert f"derivative of flat GELU alone, GLU keeps {own}, {ten} and {auto} (" in text
 
 
 def test_the_lead_of_glu_over_the_mlp_with_relu_is_the_one_that_the_table_prints():
