@@ -9,7 +9,12 @@ from itertools import combinations
 import train
 from lab import tables
 from lab.test_house import findings
-from test_all import HERE, seeded
+from test_all import HERE
+
+
+def prose():
+    """The findings in one line."""
+    return " ".join(findings().split())
 
 
 def cell_of(family, run, attack):
@@ -165,14 +170,14 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     assert (f"After equal steps AutoAttack leaves GLU {constant['S4 + GLU']} %, "
             f"AdS {constant['S4 + AdS']} %") in text
     kept = [float(cell) for cells in dip_row("GLU")[1:] for cell in cells.split(", ")]
-    for place in (text, " ".join(findings().split())):
+    for place in (text, prose()):
         assert f"GLU keeps {math.floor(min(kept))} to {math.ceil(max(kept))} %" in place
     assert (f"a GLU with ReLU keeps {constant['S4 + GLU with ReLU']} %, AdS "
             f"{constant['S4 + AdS']};") in text
     assert f"GLU itself keeps {falling['S4 + GLU']}, AdS {falling['S4 + AdS']}." in text
     ahead = [f"{falling[f'S4 + {name}'] - falling['S4']:.0f}" for name in ("AdS", "GLU", "MLP")]
-    assert (f"AdS leads the pure S4 by {constant['S4 + AdS'] - constant['S4']:.0f} points, after "
-            "falling steps by {}, a GLU by {}, an MLP by {}.".format(*ahead)) in text
+    assert (f"puts AdS {constant['S4 + AdS'] - constant['S4']:.0f} points ahead of S4. "
+            "After falling steps AdS is {} ahead, a GLU {}, an MLP {}.".format(*ahead)) in text
     assert (f"keeps {constant['CNN']:.0f} % under AutoAttack on MNIST, {falling['CNN']:.0f} after "
             "falling steps;") in text
 
@@ -201,12 +206,15 @@ def test_the_table_of_slopes_is_that_of_its_log():
     for name in SLOPES:
         assert f"| {name} | {' | '.join(slope_row(name))} |" in findings(), name
     long = [float(row[7]) for row in left_through_another_slope(SLOPES["GLU after equal steps"])]
-    assert f"from 2 eps it leaves the first row {min(long)} to {max(long)}, " in " ".join(
-        findings().split())
+    assert f"from 2 eps it leaves the first row {min(long)} to {max(long)}, " in prose()
+    log = (HERE / "results" / "analysis" / "flat-attention-seed0.txt").read_text()
+    ten, auto = (re.search(rf"^{name} +([\d.]+)0% .* 200 ", log, re.M)[1]
+                 for name in ("pgd-10", "aa"))
+    assert f"PGD-10 leaves {ten}, AutoAttack {auto} (n = 200" in prose()
 
 
 def test_the_runs_whose_attack_alone_is_changed_keep_what_their_logs_say():
-    text = " ".join(findings().split())
+    text = prose()
     kept = {}
     for form in ("attack", "slope"):
         log = (HERE / "results" / "analysis" / f"flat-glu-{form}-seed0.txt").read_text()
@@ -227,9 +235,9 @@ def test_the_lead_of_glu_over_the_mlp_with_relu_is_the_one_that_the_table_prints
     folders = [f"{path.parent.name}/{path.name}" for kind in ("mlp_relu", "glu_relu") for path in
                sorted((HERE / "results" / "mnist-step-constant").glob(f"s4-{kind}-seed?"))]
     row = differences(*folders)["s4 + glu-relu", "aa", 200]
-    said = f"GLU leads the MLP by {row['difference']} points ({row['95 % interval']}; "
-    assert row["minus"] == "s4 + mlp-relu" and said in " ".join(findings().split())
-    assert f"{len(row['seeds'].split())} seeds" in findings().split("GLU leads the MLP")[1][:50]
+    said = (f"GLU leads the MLP by {row['difference']} points ({row['95 % interval']}; "
+            f"{len(row['seeds'].split())} seeds)")
+    assert row["minus"] == "s4 + mlp-relu" and said in prose()
 
 
 # The steps of the training attack on CIFAR-10 -> the folder of its runs.
@@ -283,7 +291,7 @@ def differences(*folders):
 def test_the_lead_of_ads_on_cifar10_is_the_one_that_the_table_prints():
     rows = differences(*(f"cifar10-step-falling/{run}-seed{seed}"
                          for run in ("s4", "s4-ads") for seed in range(2)))
-    text = " ".join(findings().split())
+    text = prose()
     row = rows["s4 + AdS relu", "pgd-10", 10000]
     assert row["minus"] == "s4"
     said = f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};"
@@ -297,14 +305,14 @@ def test_the_gain_of_falling_steps_in_trades_is_the_one_that_the_table_prints():
                          for steps in ("constant", "falling")))
     row = rows["s4 + glu", "aa", 200]
     said = f"{row['difference']} points more ({row['95 % interval']};"
-    assert row["minus"] == "s4 + glu None" and said in " ".join(findings().split())
+    assert row["minus"] == "s4 + glu None" and said in prose()
 
 
 def test_what_the_epoch_chosen_by_a_long_attack_keeps_is_what_its_log_says():
     log = (HERE / "results" / "analysis" / "epochs-glu-constant.txt").read_text()
     left = re.findall(r"^aa +([\d.]+)0% ", log, re.M)
     said = f"AutoAttack leaves epoch 12 {left[0]} % (n = 200), PGD-10's choice {left[1]}."
-    assert len(left) == 2 and said in " ".join(findings().split())
+    assert len(left) == 2 and said in prose()
 
 
 def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
@@ -313,7 +321,7 @@ def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
     said = (f"PGD-50 of eps/3 leaves {left['PGD-50 of eps/3']} %, falling from eps/10 "
             f"{left['PGD-50 falling from eps/10']}, falling from 2 eps "
             f"{left['PGD-50 falling from 2 eps']}, APGD-CE {left['APGD-CE']} ")
-    assert said in " ".join(findings().split())
+    assert said in prose()
 
 
 def test_best_and_last_of_the_runs_of_steps_lie_as_close_as_the_findings_say():
@@ -324,7 +332,7 @@ def test_best_and_last_of_the_runs_of_steps_lie_as_close_as_the_findings_say():
             result = json.loads(path.read_text())
             gaps.append(abs(100 * result["Diff"]["pgd-10"]))
             epochs.append(result["Best"]["epoch"])
-    text = " ".join(findings().split())
+    text = prose()
     assert f"Best stands at epoch {min(epochs)} of 40 or later" in text
     assert f"Last lies within {max(gaps):.1f} points of it under PGD-10" in text
 
@@ -400,7 +408,7 @@ def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
             white = min(left[n, f"aa: {attack}"] for attack in ("apgd-ce", "apgd-t", "fab-t"))
             run = "/".join(path.parts[-3:-1])
             gaps[run] = round(100 * (white - left[n, "aa: square"]), 1)
-    text = " ".join(findings().split())
+    text = prose()
     equal = "mnist-(eps0.3-long|eps0.3-steps10|step-constant|lr)/"
     for name, run in {"points of GLU": "s4-glu(-0.12)?", "of the MLP with a GELU": "s4-mlp",
                       "of GELU alone": "s4-gelu", "of Mega": "attention", "of S4 (23": "s4",
@@ -499,7 +507,7 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
     assert len(said) > 4 and sorted(said) == sorted(
         (name, str(len(found)), *(f"{f(found) + 0.0:.1f}" for f in (min, max)))
         for name, found in gaps.items())
-    text = " ".join(findings().split())
+    text = prose()
     assert f"Best of {sum(map(len, gaps.values()))} trained models" in text and len(others) == 9
     assert f"lies {min(others):.1f} to {max(others):.1f} points above" in text
 
