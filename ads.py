@@ -7,10 +7,10 @@
     block = nn.Sequential(S4(128, 64), AdaptiveScaling(128), nn.Linear(128, 128))
 
 Paper: Qi et al., Exploring Adversarial Robustness of Deep State Space Models, NeurIPS 2024
-(arXiv 2406.05532): AdS stands between the sequence map and the output Linear of every block.
-A pure SSM block is linear there, so AdS also is the block's first non-linearity, and it more than
-doubles the parameters of an S4 model. `middle` offers controls that separate these effects, and
-each half of AdS alone.
+(arXiv 2406.05532): in S4 and DSS AdS stands between the sequence map and the output Linear of each
+block; in S5, Mamba and Mega it is ours. A pure SSM block is linear there, so AdS also is the
+block's first non-linearity, and it more than doubles the parameters of an S4 model. `middle` offers
+controls that separate these effects, and each half of AdS alone.
 
 Glossary   y  (..., d_model)  output of a sequence map        d  d_model, the number of channels
            s  (..., d_model)  scale, one number per token and channel
@@ -71,8 +71,9 @@ def middle(d_model, ads=None, control=None):
                          "mlp-relu"
                          "scale", "shift"  one half of ReLU-AdS: s(y) * y, y + t(y)
 
-    "glu", "mlp" and their ReLU forms have as many parameters as AdS. GELU falls below -0.75. On
-    MNIST this misleads PGD of equal steps in "glu", "mlp", "gelu": results/README.md, (h).
+    "glu", "mlp" and their ReLU forms have as many parameters as AdS. GELU(a) falls as
+    a grows to -0.75. On MNIST at eps 0.3 this misleads PGD of equal steps in "glu", "mlp" and
+    "gelu": results/README.md, (h).
     Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
     """
     if ads and control:

@@ -10,7 +10,6 @@
     with AdS         57,096   75.3%   43.6%
 
 79 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
-AdS brings parameters, too: see ads.py for its controls.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mega   Ma et al. 2023, arXiv 2209.10655          TRADES  Zhang et al. 2019, 1901.08573
@@ -24,7 +23,7 @@ Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a chan
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout,
            warm-up, input normalisation: not in the protocol. Chunking, Laplace attention.
 
-The whole program is this file and ads.py: copy the two.
+The whole program is this file and ads.py: copy the two. ads.py has controls of AdS's size, too.
 """
 import argparse
 import math
@@ -46,32 +45,34 @@ from ads import middle
 # The sequence map: attention; a moving average, a fixed two-sided SSM, makes its queries and keys
 # --------------------------------------------------------------------------------------------------
 
-def vandermonde(c, log_lam, L):
-    """K_l = sum_n c_n lam_n^l for l < L, a Vandermonde product.   S4D (Gu et al. 2022, 2206.11893)
+def vandermonde(c, log_a, L):
+    """K_l = sum_n c_n a_n^l for l < L, a Vandermonde product.      S4D (Gu et al. 2022, 2206.11893)
 
-    c, log_lam  (H, N)  real or complex, |lam| <= 1            returns (H, L)
-    With l = q T + r the powers factor, lam^l = lam^(qT) lam^r: about 2 sqrt(L) exponentials for
+    c, log_a  (H, N)  real or complex, |a| <= 1                returns (H, L)
+    With l = q T + r the powers factor, a^l = a^(qT) a^r: about 2 sqrt(L) exponentials for
     each state instead of L, and one matrix product for the sum.
     """
     T = math.isqrt(L - 1) + 1
-    r = torch.arange(T, device=c.device, dtype=log_lam.real.dtype)
-    qT = T * torch.arange(-(-L // T), device=c.device, dtype=log_lam.real.dtype)
-    left = c[:, None] * torch.exp(log_lam[:, None] * qT[:, None])           # (H, L/T, N)
-    right = torch.exp(log_lam[:, :, None] * r)                              # (H, N, T)
+    r = torch.arange(T, device=c.device, dtype=log_a.real.dtype)
+    qT = T * torch.arange(-(-L // T), device=c.device, dtype=log_a.real.dtype)
+    left = c[:, None] * torch.exp(log_a[:, None] * qT[:, None])             # (H, L/T, N)
+    right = torch.exp(log_a[:, :, None] * r)                                # (H, N, T)
     return (left @ right).flatten(1)[:, :L]                                 # (H, L)
 
 
 class EMA(nn.Module):
     """Two-sided damped moving average with N states per channel.          Ma et al. 2023, Sec. 3.1
 
-        h_t = q h_{t-1} + p beta u_t,   y_t = gamma h_t / sqrt(N)   forwards, the same backwards in
-        time with parameters of its own, and their sum plus omega u.
+        h_t = q h_{t-1} + p beta u_t,   y_t = sum_n gamma_n h_tn / sqrt(N)
+    forwards, and with parameters of its own backwards in time; EMA(u) is the sum of both and
+    omega u.
 
     in the paper       in Mega's code, and here    what it is
     alpha              p = sigmoid(delta)          how much of the input enters, in (0, 1)
     1 - alpha * delta  q = 1 - p sigmoid(alpha)    the decay A' of a state, damped, in (0, 1)
     beta               beta                        input weights of the states: B' = p beta
     eta                gamma                       output weights: C = gamma / sqrt(N)
+    (only in the code) omega, 1 / sqrt(N)          weight of the input itself; a constant
 
     d_model  int  channels H
     d_state  int  states N of each channel and direction
@@ -115,7 +116,7 @@ class EMA(nn.Module):
         return torch.stack(ys, 1)
 
     def kernel(self, L):
-        """K (H, 2L): how much the token s steps back weighs, at s, and s steps ahead, at 2L - s.
+        """K (H, 2L): K_s weighs the token s steps back, K_{2L-s} the token s steps ahead.
 
         An FFT of length 2L convolves on a circle, where s steps ahead are 2L - s steps back. So
         the backward kernel stands mirrored at the end, entry L is 0, and omega is in K_0.
@@ -142,14 +143,15 @@ class Mega(nn.Module):
         new = SiLU(candidate + Linear([AdS](SiLU(reset) * mixed)))
         y = sigmoid(update) * new + (1 - sigmoid(update)) * u
 
-    In the paper: sigmoid(update) phi, SiLU(z) Z, SiLU(reset) gamma, mixed O, new H^.
+    In the paper sigmoid(update) is phi, SiLU(z) the matrix Z, SiLU(reset) gamma, mixed O, new H^.
+    The SiLU around EMA stands in Mega's code only.
 
     d_model       int         channels H
     d_state       int         states N of the moving average
     d_hidden      int         channels V of the values
     d_attn        int         channels Z of queries and keys
     max_len       int         longest sequence L: the relative bias has 2 max_len - 1 numbers
-    ads, control  str | None  see ads.middle: in front of the output Linear, on V channels
+    ads, control  str | None  see ads.middle: before the output Linear, on V channels; AdS is ours
 
     (B, L, H) -> (B, L, H), its gated residual included.  ValueError if L > max_len.
     """
@@ -247,11 +249,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(d_model, n_classes)
 
     def embed(self, x):
-        """Images -> tokens (B, L, H): the one affine layer that YOPO differentiates repeatedly."""
-        P = self.patches.kernel_size[0]
+        """Images -> tokens (B, L, H), an affine map; apart, since YOPO wants its gradient alone."""
+        size = self.patches.kernel_size[0]
         h, w = x.shape[-2:]
-        if h % P or w % P:
-            raise ValueError(f"patch size {P} does not divide an image of {h} x {w}")
+        if h % size or w % size:
+            raise ValueError(f"patch size {size} does not divide an image of {h} x {w}")
         return self.patches(x).flatten(2).transpose(1, 2)                   # (B, L, H), row by row
 
     def logits(self, z):
@@ -273,7 +275,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units; or a list, one for each step: its length counts then
+    alpha   float         step, pixel units; or a list of as many as steps
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
@@ -305,17 +307,19 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     loss   function  points (B, C, h, w) -> a scalar, summed over the batch
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
-    ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop unseen and report robustness. A gradient of exactly 0
-    does not move an image either: `tell_zero_gradients` looks at that of the last step.
+    ValueError if x or eps leaves [0, 1], or if alpha lists another number of steps.
+    FloatingPointError if a gradient is not finite: the sign of a NaN is 0, so the attack would stop
+    unseen and report robustness. For a last gradient of exactly 0 see `tell_zero_gradients`.
     """
-    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
+    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # but for rounding
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     if not 0 <= eps <= 1:
         raise ValueError(f"eps {eps} is outside [0, 1]; give pixel units, 8/255, not 8")
+    step_sizes = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha] * steps
+    if len(step_sizes) != steps:
+        raise ValueError(f"{len(step_sizes)} steps alpha for {steps} steps; give one for each")
     if len(x) == 0:
         return x.detach().clone()
-    step_sizes = alpha if isinstance(alpha, list) else [alpha] * steps
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         low = (x.detach() - eps).clamp(min=0)
         high = (x.detach() + eps).clamp(max=1)
@@ -340,7 +344,7 @@ def tell_zero_gradients(model, grad):
         warned_models.add(model)
         warnings.warn(f"{share:.0%} of the images under attack have a gradient of exactly 0. That "
                       "moves nothing and proves no robustness; for the cause see the repository's "
-                      "python train.py --evaluate CKPT --checks", stacklevel=3)
+                      "python train.py --evaluate CKPT --checks", stacklevel=4)
 
 
 warned_models = WeakSet()
@@ -357,7 +361,7 @@ def trades_loss(model, x, y, eps, alpha, steps, beta):
     """CE(model(x), y) + beta max_delta KL(p(x) || p(x + delta)).         Zhang et al. 2019, Alg. 1
 
     beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
-    Mean over the batch.
+    p = softmax(model(.)); the paper's 1 / lambda is beta. KL as in its code. Mean over the batch.
     """
     if len(x) == 0:
         raise ValueError("the loss of no images is not defined")
@@ -408,7 +412,7 @@ def accuracy(model, batches, attack=None):
             if len(x) == 0:
                 continue
             total += len(x)
-            y = y.view(len(x))                                              # (B, 1), too
+            y = y.view(len(x))                                              # labels (B, 1), too
             ok = classified(x, y)
             if attack is not None and ok.any():
                 x, y = x[ok], y[ok]
@@ -422,16 +426,16 @@ def accuracy(model, batches, attack=None):
 def param_groups(model, weight_decay):
     """Groups for AdamW: weights of Linear and Conv layers decay; SSM parameters, norms, biases not.
 
-    Decay would pull the time constants, lam and dt, to values that mean nothing (the authors'
-    models decay all alike).
+    Decay would pull log dt to 0, dt to 1, ten times S4's largest at the start. The authors' models
+    decay all alike. Mamba's `select` and `step`, which make dt, B and C, are Linear layers.
     """
     decaying = set()
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             decaying |= {w for name, w in module.named_parameters() if "bias" not in name}
-    first = [w for w in model.parameters() if w in decaying]
+    decayed = [w for w in model.parameters() if w in decaying]
     rest = [w for w in model.parameters() if w not in decaying]
-    return [{"params": first, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0}]
 
 
 # --- Within an attack weights are constants: each kernel is made once ---
@@ -468,7 +472,7 @@ def once(module, key, make):
     counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    # A replica of DataParallel's on a GPU has none of its own.
+    # The replicas that nn.DataParallel makes on GPUs list no parameters: there weights is empty.
     weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
@@ -485,8 +489,8 @@ def once(module, key, make):
 
 # --- The demo ---
 
-def demo(parser, build):
-    """PGD-AT on MNIST at eps 0.1 of build(args, ads), without and with AdS; prints a table."""
+def demo(parser, make_model):
+    """PGD-AT on MNIST, quicker than the paper's, without and with AdS; prints a table."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
                         help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
@@ -506,11 +510,11 @@ def demo(parser, build):
     print("             parameters   clean   PGD-10")
     for ads in (None, "relu"):
         torch.manual_seed(0)
-        model = build(args, ads).to(args.device)
+        model = make_model(args, ads).to(args.device)
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
         for epoch in range(args.epochs):
-            # At full eps a block without an activation never begins to learn: eps grows.
+            # eps grows over half the epochs: at full eps a pure S4 never begins to learn.
             ramp = min(1.0, 2 * (epoch + 0.5) / args.epochs)
             for x, y in DataLoader(train, batch_size=64, shuffle=True):
                 x, y = x.to(args.device), y.to(args.device)

@@ -10,22 +10,20 @@
     with AdS         35,530   90.5%   65.1%
 
 110 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
-AdS brings parameters, too: see ads.py for its controls.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mamba  Gu and Dao 2023, arXiv 2312.00752         TRADES  Zhang et al. 2019, 1901.08573
                                                             FGSM  Goodfellow et al. 2015, 1412.6572
 Glossary   B batch, L tokens, H = d_model channels, d = 2 H inner channels, N = d_state states of
-           each; b batch of the scan
-           u (B, L, d) input of the scan, y (B, L, d) its output, x image, delta its perturbation
+           each; b the batch, too, beside the matrix B
+           z tokens, u (B, L, d) input of the scan, y its output, x image, delta its perturbation
            A B C D the paper's matrices, dt step size, h state (B, d, N)
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. A GPU's own
-           kernel for the scan: lab/triton_scan.py, taken where it is there; without it the same
-           mathematics is slower on a GPU. Dropout, warm-up, input normalisation: not in the
-           protocol. Generation of text token by token.
+           kernel for the scan: lab/triton_scan.py, taken where it is there. Dropout, warm-up, input
+           normalisation: not in the protocol. Generation of text token by token.
 
-The whole program is this file and ads.py: copy the two.
+The whole program is this file and ads.py: copy the two. ads.py has controls of AdS's size, too.
 """
 import argparse
 import math
@@ -71,7 +69,7 @@ def selective_scan_loop(u, dt, A, B, C, D):
 
 def selective_scan(u, dt, A, B, C, D):
     """What selective_scan_loop returns, with the gradient in closed form and less memory."""
-    u, dt, B, C = (v.to(A.dtype) for v in (u, dt, B, C))                    # not in bf16
+    u, dt, B, C = (v.to(A.dtype) for v in (u, dt, B, C))                    # bf16 is too coarse
     if len(u) == 0:
         return u                                            # no images, no chunks
     # Sizes of 1 are expanded, as the loop broadcasts them.
@@ -80,15 +78,15 @@ def selective_scan(u, dt, A, B, C, D):
     B, C = (v.expand(*u.shape[:2], A.shape[1]) for v in (B, C))
     if u.is_cuda and TritonScan is not None:
         return TritonScan.apply(u, dt, A, B, C, D)
-    # On a CPU few images go at a time: a chunk of SIZE states fits the cache and has 8 steps.
+    # On a CPU so few images go at a time that 8 steps or more of theirs fit the cache.
     n = len(u) if u.is_cuda else max(1, SelectiveScan.SIZE // (8 * A.numel()))
     parts = zip(*(v.split(n) for v in (u, dt, B, C)))
     return torch.cat([SelectiveScan.apply(u, dt, A, B, C, D) for u, dt, B, C in parts])
 
 
 class SelectiveScan(torch.autograd.Function):
-    """The same map and its gradient. States are kept at the borders of chunks alone and computed
-    again, chunk by chunk, in backward (Mamba, Sec. 3.3.2, "recomputation").
+    """The same map and its gradient. Only the states at the borders of chunks are kept; backward
+    computes the others again, chunk by chunk (Mamba, Sec. 3.3.2, "recomputation").
 
     Let a_t = e^{dt_t A}, w_t = dt_t u_t, g_t = dloss/dy_t and e_t = dloss/dh_t. From
         h_t = a_t h_{t-1} + w_t B_t,    y_t = sum_n C_t h_t + D u_t
@@ -159,8 +157,8 @@ class SelectiveScan(torch.autograd.Function):
         for h, (dt_c, w_c, B_c, C_c, g_c) in zip(reversed(borders), reversed(pieces)):
             T = len(dt_c)
             a, hs = SelectiveScan.states(h, dt_c, w_c, A_t, B_c, a_buffer, h_buffer)
-            # Buffers are used again, so the order counts. e takes the place of dC's product, q that
-            # of the states, dA's product that of a, dB's product that of e.
+            # Buffers are used again, so the order counts: e overwrites dC's product, q the states,
+            # dA's product a, dB's product e.
             dC = torch.mul(hs[1:], g_c[:, :, None], out=e_buffer[:T]).sum(-1)   # (T, b, N)
             e = torch.mul(g_c[:, :, None], C_c[..., None], out=e_buffer[:T])    # (T, b, N, d)
             e[-1] += carry
@@ -172,7 +170,7 @@ class SelectiveScan(torch.autograd.Function):
             dB = e.mul_(w_c[:, :, None]).sum(-1)                            # (T, b, N)
             if ctx.needs_input_grad[2]:
                 dA += torch.mul(q, dt_c[:, :, None], out=a).sum((0, 1))
-            ddt = q.mul_(A_t).sum(2)                                        # but for u dw
+            ddt = q.mul_(A_t).sum(2)                                        # u dw follows below
             found.append((dw, ddt, dB, dC))
         dw, ddt, dB, dC = (torch.cat(v[::-1]).transpose(0, 1) for v in zip(*found))
         dD = (g * u).sum((0, 1)) if ctx.needs_input_grad[5] else None
@@ -187,11 +185,11 @@ def refuse_second_derivative():
 
 
 class Mamba(nn.Module):
-    """Linear -> causal conv -> selective scan, gated -> [AdS] -> Linear.  Gu and Dao 2023, Sec. 3.4
+    """Linear([AdS](scan(SiLU(conv u)) * SiLU(gate))), u, gate = Linear(z).   Gu and Dao, Sec. 3.4
 
     d_model       int         channels H; inside there are d = 2 H
     d_state       int         states N of each inner channel
-    ads, control  str | None  see ads.middle: in front of the output Linear, on d channels
+    ads, control  str | None  see ads.middle: before the output Linear, on d channels; AdS is ours
 
     (B, L, H) -> (B, L, H). Kernel size 4, rank of dt ceil(H / 16), A = -(1 .. N): Mamba's defaults.
 
@@ -255,11 +253,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(d_model, n_classes)
 
     def embed(self, x):
-        """Images -> tokens (B, L, H): the one affine layer that YOPO differentiates repeatedly."""
-        P = self.patches.kernel_size[0]
+        """Images -> tokens (B, L, H), an affine map; apart, since YOPO wants its gradient alone."""
+        size = self.patches.kernel_size[0]
         h, w = x.shape[-2:]
-        if h % P or w % P:
-            raise ValueError(f"patch size {P} does not divide an image of {h} x {w}")
+        if h % size or w % size:
+            raise ValueError(f"patch size {size} does not divide an image of {h} x {w}")
         return self.patches(x).flatten(2).transpose(1, 2)                   # (B, L, H), row by row
 
     def logits(self, z):
@@ -282,7 +280,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units; or a list, one for each step: its length counts then
+    alpha   float         step, pixel units; or a list of as many as steps
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
@@ -314,17 +312,19 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     loss   function  points (B, C, h, w) -> a scalar, summed over the batch
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
-    ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop unseen and report robustness. A gradient of exactly 0
-    does not move an image either: `tell_zero_gradients` looks at that of the last step.
+    ValueError if x or eps leaves [0, 1], or if alpha lists another number of steps.
+    FloatingPointError if a gradient is not finite: the sign of a NaN is 0, so the attack would stop
+    unseen and report robustness. For a last gradient of exactly 0 see `tell_zero_gradients`.
     """
-    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
+    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # but for rounding
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     if not 0 <= eps <= 1:
         raise ValueError(f"eps {eps} is outside [0, 1]; give pixel units, 8/255, not 8")
+    step_sizes = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha] * steps
+    if len(step_sizes) != steps:
+        raise ValueError(f"{len(step_sizes)} steps alpha for {steps} steps; give one for each")
     if len(x) == 0:
         return x.detach().clone()
-    step_sizes = alpha if isinstance(alpha, list) else [alpha] * steps
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         low = (x.detach() - eps).clamp(min=0)
         high = (x.detach() + eps).clamp(max=1)
@@ -349,7 +349,7 @@ def tell_zero_gradients(model, grad):
         warned_models.add(model)
         warnings.warn(f"{share:.0%} of the images under attack have a gradient of exactly 0. That "
                       "moves nothing and proves no robustness; for the cause see the repository's "
-                      "python train.py --evaluate CKPT --checks", stacklevel=3)
+                      "python train.py --evaluate CKPT --checks", stacklevel=4)
 
 
 warned_models = WeakSet()
@@ -366,7 +366,7 @@ def trades_loss(model, x, y, eps, alpha, steps, beta):
     """CE(model(x), y) + beta max_delta KL(p(x) || p(x + delta)).         Zhang et al. 2019, Alg. 1
 
     beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
-    Mean over the batch.
+    p = softmax(model(.)); the paper's 1 / lambda is beta. KL as in its code. Mean over the batch.
     """
     if len(x) == 0:
         raise ValueError("the loss of no images is not defined")
@@ -417,7 +417,7 @@ def accuracy(model, batches, attack=None):
             if len(x) == 0:
                 continue
             total += len(x)
-            y = y.view(len(x))                                              # (B, 1), too
+            y = y.view(len(x))                                              # labels (B, 1), too
             ok = classified(x, y)
             if attack is not None and ok.any():
                 x, y = x[ok], y[ok]
@@ -431,16 +431,16 @@ def accuracy(model, batches, attack=None):
 def param_groups(model, weight_decay):
     """Groups for AdamW: weights of Linear and Conv layers decay; SSM parameters, norms, biases not.
 
-    Decay would pull the time constants, lam and dt, to values that mean nothing (the authors'
-    models decay all alike).
+    Decay would pull log dt to 0, dt to 1, ten times S4's largest at the start. The authors' models
+    decay all alike. Mamba's `select` and `step`, which make dt, B and C, are Linear layers.
     """
     decaying = set()
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             decaying |= {w for name, w in module.named_parameters() if "bias" not in name}
-    first = [w for w in model.parameters() if w in decaying]
+    decayed = [w for w in model.parameters() if w in decaying]
     rest = [w for w in model.parameters() if w not in decaying]
-    return [{"params": first, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0}]
 
 
 # --- Within an attack weights are constants: each kernel is made once ---
@@ -477,7 +477,7 @@ def once(module, key, make):
     counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    # A replica of DataParallel's on a GPU has none of its own.
+    # The replicas that nn.DataParallel makes on GPUs list no parameters: there weights is empty.
     weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
@@ -494,8 +494,8 @@ def once(module, key, make):
 
 # --- The demo ---
 
-def demo(parser, build):
-    """PGD-AT on MNIST at eps 0.1 of build(args, ads), without and with AdS; prints a table."""
+def demo(parser, make_model):
+    """PGD-AT on MNIST, quicker than the paper's, without and with AdS; prints a table."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
                         help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
@@ -515,11 +515,11 @@ def demo(parser, build):
     print("             parameters   clean   PGD-10")
     for ads in (None, "relu"):
         torch.manual_seed(0)
-        model = build(args, ads).to(args.device)
+        model = make_model(args, ads).to(args.device)
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
         for epoch in range(args.epochs):
-            # At full eps a block without an activation never begins to learn: eps grows.
+            # eps grows over half the epochs: at full eps a pure S4 never begins to learn.
             ramp = min(1.0, 2 * (epoch + 0.5) / args.epochs)
             for x, y in DataLoader(train, batch_size=64, shuffle=True):
                 x, y = x.to(args.device), y.to(args.device)

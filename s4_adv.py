@@ -10,7 +10,6 @@
     with AdS         37,962   94.1%   74.1%
 
 55 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
-AdS brings parameters, too: see ads.py for its controls.
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
            S4       Gu et al. 2022, arXiv 2111.00396       TRADES  Zhang et al. 2019, 1901.08573
@@ -19,14 +18,14 @@ Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 
 Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel; in S5
            P = d_state states, of all channels together
            u (B, L, H) input of the map, y (B, L, H) its output, x image, delta its perturbation
-           A B C D the paper's matrices, A' B' discretised, dt step size, lam eigenvalues of A
+           A B C D the paper's matrices, A' B' discretised, dt step size, lam A's diagonal part
            K convolution kernel, K_hat its Fourier transform, z* the complex conjugate of z
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
            A complex parameter (N,) is stored as real pairs (N, 2): optimisers see real numbers.
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. Dropout,
            warm-up, input normalisation: not in the protocol. Bidirectional or multi-head SSMs.
 
-The whole program is this file and ads.py: copy the two.
+The whole program is this file and ads.py: copy the two. ads.py has controls of AdS's size, too.
 """
 import argparse
 import math
@@ -49,13 +48,13 @@ from ads import middle
 # --------------------------------------------------------------------------------------------------
 
 def hippo_legs(N):
-    """Eigenvalues and low-rank term of HiPPO-LegS, A = V (lam - P P*) V*.    S4, Thm 1 and App. C.1
+    """HiPPO-LegS as normal minus rank one, A = V (lam - P P*) V*.            S4, Thm 1 and App. C.1
 
     N  int  number of states. A_nk = -sqrt(2n+1) sqrt(2k+1) for n > k, -(n+1) for n = k, else 0.
 
-    Returns lam (N,), P (N,), B (N,), V (N, N), complex128, sorted by the imaginary part of lam, so
-    that the second half of an even N holds one of each conjugate pair.
-    With p_n = sqrt(n + 1/2), P = V* p, A + p p^T is -1/2 plus a skew matrix: V is unitary.
+    Returns lam, P = V* p, B = V* b (N,), V (N, N), complex128, with b_n = sqrt(2n+1), sorted by
+    the imaginary part of lam: the second half of an even N holds one of each conjugate pair.
+    With p_n = sqrt(n + 1/2), A + p p^T is -1/2 plus a skew matrix, hence normal, and V unitary.
     """
     n = torch.arange(N, dtype=torch.float64)
     p = (n + 0.5).sqrt()
@@ -108,13 +107,13 @@ def apply_kernel(ssm, u):
     """y (B, L, H): kernel(L) of the ssm convolved with u (B, L, H). `frozen` keeps the FFT of K."""
     L = u.shape[1]
     K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L))      # (H, L+1)
-    return convolve(u.to(K_hat.real.dtype), K_hat)                          # not in bf16
+    return convolve(u.to(K_hat.real.dtype), K_hat)                          # no FFT in bf16
 
 
 def cauchy(w, lam, s, c):
     """sum_n w_n / (is - c lam_n) + w_n* / (is - c lam_n*).              S4, Sec. 3.2: Cauchy kernel
 
-    w  (H, 4, N/2), lam  (N/2,)  complex    s  (H, M), c  (M,)  real    returns  (H, 4, M)
+    w (H, 4, N/2), lam (N/2,)  complex    s (H, M), c (M,)  real, M frequencies    returns (H, 4, M)
     The two terms of a pair are 2 (is Re w - c Re(w lam*)) / (c^2 |lam|^2 - s^2 - 2isc Re lam).
     """
     s = s[:, None]                                                          # (H, 1, M)
@@ -188,6 +187,7 @@ class S4(nn.Module):
             K_hat = e^{ia} C~ (is - c A)^-1 B,    s = 2/dt sin a,  c = cos a.
         A = lam - P P* is diagonal but for rank one. With R = (is - c lam)^-1 Woodbury's identity is
             (is - c A)^-1 = R - R P c (1 + c P* R P)^-1 P* R.
+        The lemma's 2 / (1 + z) = e^{ia} / c and R = (is/c - lam)^-1 do not exist at c = 0.
         """
         lam, P, B, C, dt = self.matrices()
         a = math.pi / L * torch.arange(L // 2 + 1, device=dt.device, dtype=dt.dtype)
@@ -204,18 +204,18 @@ class S4(nn.Module):
         return apply_kernel(self, u)
 
 
-def vandermonde(c, log_lam, L):
-    """K_l = sum_n c_n lam_n^l for l < L, a Vandermonde product.   S4D (Gu et al. 2022, 2206.11893)
+def vandermonde(c, log_a, L):
+    """K_l = sum_n c_n a_n^l for l < L, a Vandermonde product.      S4D (Gu et al. 2022, 2206.11893)
 
-    c, log_lam  (H, N)  real or complex, |lam| <= 1            returns (H, L)
-    With l = q T + r the powers factor, lam^l = lam^(qT) lam^r: about 2 sqrt(L) exponentials for
+    c, log_a  (H, N)  real or complex, |a| <= 1                returns (H, L)
+    With l = q T + r the powers factor, a^l = a^(qT) a^r: about 2 sqrt(L) exponentials for
     each state instead of L, and one matrix product for the sum.
     """
     T = math.isqrt(L - 1) + 1
-    r = torch.arange(T, device=c.device, dtype=log_lam.real.dtype)
-    qT = T * torch.arange(-(-L // T), device=c.device, dtype=log_lam.real.dtype)
-    left = c[:, None] * torch.exp(log_lam[:, None] * qT[:, None])           # (H, L/T, N)
-    right = torch.exp(log_lam[:, :, None] * r)                              # (H, N, T)
+    r = torch.arange(T, device=c.device, dtype=log_a.real.dtype)
+    qT = T * torch.arange(-(-L // T), device=c.device, dtype=log_a.real.dtype)
+    left = c[:, None] * torch.exp(log_a[:, None] * qT[:, None])             # (H, L/T, N)
+    right = torch.exp(log_a[:, :, None] * r)                                # (H, N, T)
     return (left @ right).flatten(1)[:, :L]                                 # (H, L)
 
 
@@ -223,7 +223,7 @@ class DSS(nn.Module):
     """K_l = Re sum_n C_n/lam_n softmax_l(lam_n dt l), diagonal A.     Gupta et al. 2022, Prop. 1(b)
 
     d_model  int  channels H
-    d_state  int  states N, even: N/2 complex numbers, the eigenvalues of HiPPO-LegS with imag > 0
+    d_state  int  states N, even: of each conjugate pair of hippo_legs' lam one number is stored
 
     (B, L, H) -> (B, L, H). The softmax runs over l < L, so the kernel depends on the length.
     """
@@ -276,7 +276,7 @@ class Scan(torch.autograd.Function):
 
     a  (P,)  |a| <= 1    b  (B, L, P)    returns h (B, L, P), from h = 0; real or complex
 
-    Backward: with g = dloss/dh, the same recurrence run in reverse gives dloss/db,
+    Backward: with g = dloss/dh, e_t = dloss/db_t obeys the same recurrence in reverse,
         e_t = conj(a) e_{t+1} + g_t,      dloss/da = sum_{b,t} conj(h_{t-1}) e_t.
     It is written out since autograd would keep every step.
     """
@@ -285,7 +285,7 @@ class Scan(torch.autograd.Function):
     def forward(ctx, a, b):
         L = b.shape[1]
         T = math.isqrt(L - 1) + 1                                           # steps of a chunk
-        h = F.pad(b, (0, 0, 0, -L % T)).unflatten(1, (-1, T))               # (B, L/T, T, P)
+        h = F.pad(b, (0, 0, 0, -L % T)).unflatten(1, (-1, T))       # a copy of b, (B, L/T, T, P)
         # 1. Step by step within all chunks at once, as if each began with h = 0.
         steps = h.unbind(2)
         for before, now in zip(steps, steps[1:]):                           # (B, L/T, P)
@@ -366,7 +366,7 @@ class S5(nn.Module):
 class Block(nn.Module):
     """Sequence map -> [AdS or control] -> Linear; (B, L, H) -> (B, L, H).           Qi et al. 2024
 
-    Without AdS the block is linear in its input: there is no activation, as in the authors' models.
+    Without AdS the block is linear in its input, as in the authors' models; their S5 has no Linear.
     """
 
     def __init__(self, d_model, d_state, ads=None, control=None, ssm="s4"):
@@ -389,7 +389,7 @@ class Classifier(nn.Module):
     d_model, d_state        int         channels H, states N of a sequence map
     n_layers, patch_size    int         blocks; a token is a patch of patch_size^2 pixels, by rows
     ads, control            str | None  see ads.middle
-    ssm                     str         "s4" | "dss" | "s5"
+    ssm                     str         "s4" | "dss" | "s5" (Qi et al.: with d_state = d_model)
 
     Images (B, C, h, w) in [0, 1] -> logits (B, n_classes).  ValueError if patches do not fill them.
     """
@@ -405,11 +405,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(d_model, n_classes)
 
     def embed(self, x):
-        """Images -> tokens (B, L, H): the one affine layer that YOPO differentiates repeatedly."""
-        P = self.patches.kernel_size[0]
+        """Images -> tokens (B, L, H), an affine map; apart, since YOPO wants its gradient alone."""
+        size = self.patches.kernel_size[0]
         h, w = x.shape[-2:]
-        if h % P or w % P:
-            raise ValueError(f"patch size {P} does not divide an image of {h} x {w}")
+        if h % size or w % size:
+            raise ValueError(f"patch size {size} does not divide an image of {h} x {w}")
         return self.patches(x).flatten(2).transpose(1, 2)                   # (B, L, H), row by row
 
     def logits(self, z):
@@ -432,7 +432,7 @@ def pgd(model, x, y, eps, alpha, steps):
     x       (B, C, h, w)  images in [0, 1]
     y       (B,)          labels
     eps     float         radius, pixel units (8/255, not 8)
-    alpha   float         step, pixel units; or a list, one for each step: its length counts then
+    alpha   float         step, pixel units; or a list of as many as steps
     steps   int           gradient steps, from one uniform random start in the ball
 
     Returns x_adv, like x and detached: |x_adv - x|_inf <= eps, x_adv in [0, 1]. Weights, their
@@ -464,17 +464,19 @@ def ascend(model, loss, x, start, eps, alpha, steps):
     loss   function  points (B, C, h, w) -> a scalar, summed over the batch
     start  like x    the first point, projected before its gradient is taken; the rest as in pgd
 
-    ValueError if x or eps leaves [0, 1]. FloatingPointError if a gradient is not finite: the sign
-    of a NaN is 0, so the attack would stop unseen and report robustness. A gradient of exactly 0
-    does not move an image either: `tell_zero_gradients` looks at that of the last step.
+    ValueError if x or eps leaves [0, 1], or if alpha lists another number of steps.
+    FloatingPointError if a gradient is not finite: the sign of a NaN is 0, so the attack would stop
+    unseen and report robustness. For a last gradient of exactly 0 see `tell_zero_gradients`.
     """
-    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # rounding may stay
+    if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():                          # but for rounding
         raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
     if not 0 <= eps <= 1:
         raise ValueError(f"eps {eps} is outside [0, 1]; give pixel units, 8/255, not 8")
+    step_sizes = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha] * steps
+    if len(step_sizes) != steps:
+        raise ValueError(f"{len(step_sizes)} steps alpha for {steps} steps; give one for each")
     if len(x) == 0:
         return x.detach().clone()
-    step_sizes = alpha if isinstance(alpha, list) else [alpha] * steps
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         low = (x.detach() - eps).clamp(min=0)
         high = (x.detach() + eps).clamp(max=1)
@@ -499,7 +501,7 @@ def tell_zero_gradients(model, grad):
         warned_models.add(model)
         warnings.warn(f"{share:.0%} of the images under attack have a gradient of exactly 0. That "
                       "moves nothing and proves no robustness; for the cause see the repository's "
-                      "python train.py --evaluate CKPT --checks", stacklevel=3)
+                      "python train.py --evaluate CKPT --checks", stacklevel=4)
 
 
 warned_models = WeakSet()
@@ -516,7 +518,7 @@ def trades_loss(model, x, y, eps, alpha, steps, beta):
     """CE(model(x), y) + beta max_delta KL(p(x) || p(x + delta)).         Zhang et al. 2019, Alg. 1
 
     beta  float  weight of the robust term, no unit; 0 is standard training.  Others as in pgd.
-    Mean over the batch.
+    p = softmax(model(.)); the paper's 1 / lambda is beta. KL as in its code. Mean over the batch.
     """
     if len(x) == 0:
         raise ValueError("the loss of no images is not defined")
@@ -567,7 +569,7 @@ def accuracy(model, batches, attack=None):
             if len(x) == 0:
                 continue
             total += len(x)
-            y = y.view(len(x))                                              # (B, 1), too
+            y = y.view(len(x))                                              # labels (B, 1), too
             ok = classified(x, y)
             if attack is not None and ok.any():
                 x, y = x[ok], y[ok]
@@ -581,16 +583,16 @@ def accuracy(model, batches, attack=None):
 def param_groups(model, weight_decay):
     """Groups for AdamW: weights of Linear and Conv layers decay; SSM parameters, norms, biases not.
 
-    Decay would pull the time constants, lam and dt, to values that mean nothing (the authors'
-    models decay all alike).
+    Decay would pull log dt to 0, dt to 1, ten times S4's largest at the start. The authors' models
+    decay all alike. Mamba's `select` and `step`, which make dt, B and C, are Linear layers.
     """
     decaying = set()
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             decaying |= {w for name, w in module.named_parameters() if "bias" not in name}
-    first = [w for w in model.parameters() if w in decaying]
+    decayed = [w for w in model.parameters() if w in decaying]
     rest = [w for w in model.parameters() if w not in decaying]
-    return [{"params": first, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0}]
 
 
 # --- Within an attack weights are constants: each kernel is made once ---
@@ -627,7 +629,7 @@ def once(module, key, make):
     counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
     torch.compile traces. Autocast is off: kernels need all their bits.
     """
-    # A replica of DataParallel's on a GPU has none of its own.
+    # The replicas that nn.DataParallel makes on GPUs list no parameters: there weights is empty.
     weights = [*module.parameters(), *module.buffers()]
     with torch.autocast(weights[0].device.type if weights else "cuda", enabled=False):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
@@ -644,8 +646,8 @@ def once(module, key, make):
 
 # --- The demo ---
 
-def demo(parser, build):
-    """PGD-AT on MNIST at eps 0.1 of build(args, ads), without and with AdS; prints a table."""
+def demo(parser, make_model):
+    """PGD-AT on MNIST, quicker than the paper's, without and with AdS; prints a table."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
                         help="folder that holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
@@ -665,11 +667,11 @@ def demo(parser, build):
     print("             parameters   clean   PGD-10")
     for ads in (None, "relu"):
         torch.manual_seed(0)
-        model = build(args, ads).to(args.device)
+        model = make_model(args, ads).to(args.device)
         optimizer = torch.optim.AdamW(param_groups(model, weight_decay=2e-4), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
         for epoch in range(args.epochs):
-            # At full eps a block without an activation never begins to learn: eps grows.
+            # eps grows over half the epochs: at full eps a pure S4 never begins to learn.
             ramp = min(1.0, 2 * (epoch + 0.5) / args.epochs)
             for x, y in DataLoader(train, batch_size=64, shuffle=True):
                 x, y = x.to(args.device), y.to(args.device)

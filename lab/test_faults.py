@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention_adv
+import mamba_adv
 import s4_adv
 import train
 from lab import autoattack, evaluate
@@ -455,3 +457,17 @@ def test_an_attack_of_the_lab_and_free_at_tell_of_a_gradient_of_0(attack):
                "free_backward": lambda: train.free_backward(Dead(), x, y, torch.zeros_like(x), 0.1)}
     with pytest.warns(UserWarning, match="images .*have a gradient of exactly 0"):
         attacks[attack]()
+
+
+@pytest.mark.parametrize("script", (s4_adv, mamba_adv, attention_adv))
+def test_the_warning_of_a_gradient_of_0_points_at_the_line_that_called_pgd(script):
+    with pytest.warns(UserWarning, match="gradient of exactly 0") as found:
+        script.pgd(Dead(), torch.rand(4, 1, 3, 3), torch.zeros(4).long(), 0.1, 0.02, 2)
+    assert found[0].filename == __file__
+
+
+@pytest.mark.parametrize("script", (s4_adv, mamba_adv, attention_adv))
+@pytest.mark.parametrize("alphas", [[0.1, 0.05], (0.1, 0.05), []])
+def test_step_sizes_of_another_number_than_the_steps_are_refused(script, alphas):
+    with pytest.raises(ValueError, match="one for each"):
+        script.pgd(Dead(), torch.rand(4, 1, 3, 3), torch.zeros(4).long(), 0.1, alphas, 3)
