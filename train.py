@@ -76,6 +76,7 @@ PRESETS = {
 STATES = {"mamba": 16, "attention": 16}         # d_state, whatever the data set
 HELD_OUT = 1000                                 # training images that choose Best, not trained on
 RUN_FILES = ("last.pt", "best.pt", "config.json", "log.csv", "result.json")
+NEEDED = {"model", "dataset", "seed", "ads", "control", *PRESETS["cifar10"]}    # by a checkpoint
 MAY_CHANGE = ("data_dir", "device", "save_every", "attacks")            # beside --resume
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")   # what it sets
 
@@ -237,17 +238,14 @@ def backward(run, x, y, eps, alpha):
     yopo      M passes with N steps of the image each       Zhang et al. 2019 (YOPO), Alg. 1
 
     eps, alpha  float  radius and step of this batch, pixel units; alpha may be a list of steps
+    The first three take c.micro_batch images at a time, if it is given.
     """
-    if run.c.method == "free":
-        return free_backward(run.model, x, y, run.noise[rank()::world()][:len(x)], eps)
-    if run.c.method == "yopo":
-        passes, inner = run.c.yopo
-        return yopo_backward(run.model, x, y, eps, alpha, passes, inner)
-    return loss_backward(run.c, run.model, x, y, eps, alpha)
-
-
-def loss_backward(c, model, x, y, eps, alpha):
-    """standard, pgd and trades: the scripts' losses, c.micro_batch images at a time if given."""
+    c, model = run.c, run.model
+    if c.method == "free":
+        return free_backward(model, x, y, run.noise[rank()::world()][:len(x)], eps)
+    if c.method == "yopo":
+        passes, inner = c.yopo
+        return yopo_backward(model, x, y, eps, alpha, passes, inner)
     script = script_of(c.model)
     total_loss = 0.0
     n = c.micro_batch or len(x)
@@ -473,7 +471,7 @@ def read_checkpoint(path, flag):
         state = torch.load(content, map_location="cpu", weights_only=True)
         check_saved(state["config"])
         if (damaged is None and state["format"] == 1 and state["model"]
-                and {"model", "dataset", "seed"} <= state["config"].keys()
+                and NEEDED <= state["config"].keys()
                 and type(state["epoch"]) is int and state["epoch"] >= 0):
             return state
     except Exception:                           # whatever a damaged file does
@@ -825,7 +823,8 @@ def finish(run, data):
         found = evaluate(run.model, *data["test"], c.attacks, c, ("test", best["epoch"]))
         table["Best"] = {"epoch": best["epoch"], **found}
     table["Diff"] = {attack: table["Best"][attack] - last[attack] for attack in c.attacks}
-    say(f"\ntest, n = {n:,}, eps {show(c.eps)}" + "".join(f"{a:>10}" for a in c.attacks))
+    head = f"test, n = {n:,}, eps {show(c.eps)}".ljust(30)
+    say("\n" + head + "".join(f"{attack:>10}" for attack in c.attacks))
     for name, row in table.items():
         epoch = f" (epoch {row['epoch']})" if "epoch" in row else ""
         cells = [f"{100 * row[attack]:10.2f}" for attack in c.attacks]
@@ -876,11 +875,12 @@ def attacks_of(spec, c):
 
 
 def scores(model, x):
-    """Logits z = model(x), (B, n_classes).  UserError if one is not finite."""
+    """Logits z = model(x), (B, n_classes).  FloatingPointError if one is not finite."""
     z = model(x)
     if not z.isfinite().all():
-        raise UserError("the model returns logits that are not finite, so its accuracy means "
-                        "nothing; take an earlier checkpoint, or train with a smaller --lr")
+        raise FloatingPointError("the model returns logits that are not finite, so its accuracy "
+                                 "means nothing; take an earlier checkpoint, or train with a "
+                                 "smaller --lr")
     return z
 
 
@@ -1299,6 +1299,8 @@ def run_from(words):
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"go on with: python train.py --resume {shlex.quote(c.out)}"
                                     ) from None
+        finally:
+            at_signals(signal.default_int_handler, signal.SIG_DFL)
 
 
 def join_processes():
@@ -1356,7 +1358,7 @@ def main(argv=None):
             return laboratory(JOBS[job], job).main(["--help"] if helps else words) or 0
         run_from(words)
     except (UserError, FloatingPointError) as e:
-        return complain(e)
+        return complain(e, alone=isinstance(e, FloatingPointError))         # its images alone
     except KeyboardInterrupt as e:
         say(f"\nstopped; {e}" if str(e) else "\nstopped", file=sys.stderr)
         return 130
@@ -1372,7 +1374,6 @@ def main(argv=None):
         return complain(f"memory does not suffice ({why}); try a smaller --micro-batch, "
                         "--batch-size or model", alone=True)
     finally:
-        at_signals(signal.default_int_handler, signal.SIG_DFL)
         # gloo would wait here for a peer that has left.
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()

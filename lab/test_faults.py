@@ -163,6 +163,34 @@ def test_weights_of_a_wrapped_model_are_refused_with_how_to_unwrap_them(
     assert train.main([job, str(run_folder), "--device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize("setting", ["ads", "control", "n_layers", "patch_size", "shape"])
+def test_a_checkpoint_without_a_setting_of_its_model_is_refused(setting, run_folder, capsys):
+    last = run_folder / "last.pt"
+    state = torch.load(last, weights_only=True)
+    del state["config"][setting]
+    torch.save(state, last)
+    for job in ("--resume", "--evaluate", "--analyse"):
+        assert "no checkpoint of this program" in refused([job, run_folder], capsys)
+    with pytest.raises(train.UserError, match="no checkpoint of this program"):
+        train.load(last)
+
+
+@pytest.mark.parametrize("error, told", [(FloatingPointError, 1), (train.UserError, 0)])
+def test_a_process_beside_the_first_tells_of_what_its_own_images_did_alone(
+        error, told, monkeypatch, capsys):
+    def fails(words):
+        raise error("a sentence")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(train, "run_from", fails)
+    assert train.main([]) == 2
+    assert capsys.readouterr().err == told * "train.py: a sentence\n"
+
+
+def test_a_logit_that_is_not_finite_is_told_by_the_process_whose_image_it_is():
+    with pytest.raises(FloatingPointError, match="logits that are not finite"):
+        train.hits(torch.nn.Identity(), torch.tensor([[0.0, math.nan]]), torch.zeros(1))
+
+
 @pytest.mark.parametrize("words", ["--evaluate", "--evaluate --checks", "--analyse"])
 def test_a_folder_that_takes_no_file_is_said_to_be_so_before_the_work(
         words, run_folder, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,10 @@ def test_augmentation_shifts_each_image_by_its_own_choice_and_mirrors_half():
 
 # ---- The loss in parts ---------------------------------------------------------------------------
 
+def backward(c, model, *batch):
+    return train.backward(SimpleNamespace(c=c, model=model), *batch)
+
+
 @pytest.mark.parametrize("method", ("standard", "pgd", "trades"))
 def test_micro_batches_make_the_gradient_of_the_batch(name, method):
     c, x, y = tiny_settings("--model", name), torch.rand(5, 1, 4, 4).double(), torch.arange(5)
@@ -68,7 +73,7 @@ def test_micro_batches_make_the_gradient_of_the_batch(name, method):
     c.method = method
     for c.micro_batch in (2, None):
         model.zero_grad()
-        loss = train.loss_backward(c, model, x, y, 0.0, 0.0)
+        loss = backward(c, model, x, y, 0.0, 0.0)
         seen.append([loss] + [w.grad.clone() for w in model.parameters()])
     for part, whole in zip(*seen):
         close(part, whole)
@@ -81,7 +86,7 @@ def test_no_pass_takes_more_than_a_micro_batch(method):
     model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     for c.micro_batch, largest in ((2, 2), (None, 5)):
         seen.clear()
-        train.loss_backward(c, model, x, y, EPS, ALPHA)
+        backward(c, model, x, y, EPS, ALPHA)
         assert max(seen) == largest
 
 
@@ -96,7 +101,7 @@ def test_train_py_s_losses_are_those_of_the_scripts(name, method):
             model, *at, c.beta)
         loss.backward()
         return loss
-    for work in (by_script, lambda: train.loss_backward(c, model, x, y, EPS, ALPHA)):
+    for work in (by_script, lambda: backward(c, model, x, y, EPS, ALPHA)):
         torch.manual_seed(0)
         model.zero_grad()
         seen.append([work(), *(w.grad.clone() for w in model.parameters())])
@@ -546,7 +551,7 @@ def test_in_bf16_weights_and_gradients_stay_float32_and_finite(name, options, li
             elif c.method == "yopo":
                 train.yopo_backward(model, x, y, EPS, ALPHA, 2, 2)
             else:
-                train.loss_backward(c, model, x, y, EPS, ALPHA)
+                backward(c, model, x, y, EPS, ALPHA)
         for w in model.parameters():
             assert w.dtype == w.grad.dtype == torch.float32 and w.grad.isfinite().all()
     assert types == {torch.bfloat16}
@@ -561,7 +566,7 @@ def test_in_bf16_kernels_and_the_selective_scan_keep_every_bit(name, monkeypatch
     monkeypatch.setattr(mamba_adv, "selective_scan", lambda *args: scanned.append(args) or scan(
         *args))
     with in_bf16():
-        train.loss_backward(c, model, x, y, EPS, ALPHA)
+        backward(c, model, x, y, EPS, ALPHA)
         kept = [once(*args) for args in made]
     for value, (_, _, make) in zip(kept, made):
         for a, b in zip(*([v] if torch.is_tensor(v) else v for v in (value, make()))):
