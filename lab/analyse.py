@@ -325,16 +325,16 @@ def main(words):
     probe(stem.parent)
     seed = state["config"]["seed"] if state else c.seed
     start = train.build(SimpleNamespace(**vars(c) | {"seed": seed})).double()
-    models = {"test": start, "train": start}
+    columns = [("test", start, "test"), ("train", start, "train")]
     if state:
         trained = train.load_model(state, c.analyse, c.device).double()
-        models = {"start": start, "test": trained, "train": trained}
+        columns = [("start", start, "test"), ("test", trained, "test"), ("train", trained, "train")]
     shown = f"{n}" if n == n_train else f"{n} and {n_train}"
     train.say(f"{c.analyse if state else 'at initialisation'}: {c.model}, {c.dataset}, n = {shown} "
               f"images, eps {train.show(c.eps)}, seed {c.seed}")
     rows = []
-    for on, model in models.items():
-        x, y = sets["train" if on == "train" else "test"]
+    for on, model, images in columns:
+        x, y = sets[images]
         torch.manual_seed(train.seed_of(c.seed, "analysis", on))
         with train.frozen(model):
             found = list(measure(c, model, x, y))

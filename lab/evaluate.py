@@ -196,19 +196,19 @@ def measure_all(model, images, labels, c, kept, source, stem):
     return rows
 
 
-def measure(model, images, labels, kept, specs, radii, label="{spec}", source=None):
+def measure(model, images, labels, kept, specs, variants, label="{spec}", source=None):
     """Prints a table, and returns its rows: one for each stage of an ensemble, then its own.
 
-    kept    Kept            batches that an evaluation before this one finished
-    radii   [c]             each attack is measured with each of these settings
-    label   str             how a line of the table is named
-    source  Module or None  what is attacked, where that is another model than what is measured
+    kept      Kept            batches that an evaluation before this one finished
+    variants  [c]             each attack is measured with each of these settings
+    label     str             how a line of the table is named
+    source    Module or None  what is attacked, where that is another model than what is measured
     """
     weights = digest(*source.state_dict().values()) if source else ""
     place = ("transfer", weights) if source else "evaluate"
     train.say(f"\n{'attack':24} {'accuracy':>9}   95 % interval        n   seconds")
     rows = []
-    for spec, c in product(specs, radii):
+    for spec, c in product(specs, variants):
         kept.seconds = 0.0
         found = train.survivors(model, images, labels, spec, attacks_named(spec, c), c, place, kept,
                                 source)                                     # (1 + attacks, n)
