@@ -141,6 +141,24 @@ def test_the_tables_of_steps_are_those_of_the_runs():
     assert found == {name: schedule_row(families) for name, families in SCHEDULES.items()}
 
 
+def span(accuracies):
+    """'66 to 74': the whole numbers between which they lie."""
+    return f"{math.floor(min(accuracies))} to {math.ceil(max(accuracies))}"
+
+
+def test_the_spans_in_the_findings_are_those_of_the_runs():
+    text = prose()
+    falling = {name: outcomes(("mnist-step-falling",), run)[2] for name, run in MIDDLES.items()}
+    wide = sum((left for name, left in falling.items() if name[:3] in ("MLP", "GLU", "sca", "AdS")),
+               [])
+    assert f"MLP, GLU, scale and AdS keep {span(wide)} % under AutoAttack" in text
+    glu, mlp = (outcomes(CONSTANT, run)[2] for run in ("s4-glu", "s4-mlp"))
+    assert f"with a GELU, GLU keeps {span(glu)}, the MLP {span(mlp)}." in text
+    assert f"with GELU {span(glu)}. " in text
+    ads = sum((outcomes(families, "s4-ads")[2] for families in SCHEDULES.values()), [])
+    assert f"AdS keeps {span(ads)} with each schedule tried." in text
+
+
 # (h) of the findings, equal steps: the names of the runs with a GELU, in the logs with flat GELU,
 # and of the runs with a ReLU.
 DIP = {"GLU": ("s4-glu", "glu", "s4-glu_relu"), "MLP": ("s4-mlp", "mlp", "s4-mlp_relu"),
@@ -322,6 +340,17 @@ def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
             f"{left['PGD-50 falling from eps/10']}, falling from 2 eps "
             f"{left['PGD-50 falling from 2 eps']}, APGD-CE {left['APGD-CE']} ")
     assert said in prose()
+
+
+def test_what_short_attacks_leave_after_yopo_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "s4-ads-yopo.txt").read_text()
+    left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
+    auto, = re.findall(r"^aa +([\d.]+)0% .* 200 ", log, re.M)
+    assert (f"leave {left['PGD-50 of eps/3']}, {left['PGD-50 falling from eps/10']}, "
+            f"{left['PGD-50 falling from 2 eps']} and {left['APGD-CE']}, and AutoAttack {auto} "
+            "(n = 200;") in prose()
+    clean, ten = re.search(r"Last \(epoch 19\) +(\S+) +(\S+)", log).groups()
+    assert f"{float(clean):.1f} / {float(ten) + 1e-9:.1f})" in prose()
 
 
 def test_best_and_last_of_the_runs_of_steps_lie_as_close_as_the_findings_say():
