@@ -190,12 +190,14 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     kept = [float(cell) for cells in dip_row("GLU")[1:] for cell in cells.split(", ")]
     for place in (text, prose()):
         assert f"GLU keeps {math.floor(min(kept))} to {math.ceil(max(kept))} %" in place
-    assert (f"a GLU with ReLU keeps {constant['S4 + GLU with ReLU']} %, AdS "
-            f"{constant['S4 + AdS']};") in text
-    assert f"GLU itself keeps {falling['S4 + GLU']}, AdS {falling['S4 + AdS']}." in text
-    ahead = [f"{falling[f'S4 + {name}'] - falling['S4']:.0f}" for name in ("AdS", "GLU", "MLP")]
+    relu = "S4 + GLU with ReLU"
+    assert (f"a GLU with ReLU keeps {constant[relu]} %, AdS {constant['S4 + AdS']}; after falling "
+            f"steps {falling[relu]} and {falling['S4 + AdS']} |") in text
+    assert (f"GLU keeps {falling['S4 + GLU']}, with a ReLU {falling[relu]}, "
+            f"AdS {falling['S4 + AdS']}.") in text
+    ahead = [f"{falling[name] - falling['S4']:.0f}" for name in ("S4 + AdS", relu, "S4 + MLP")]
     assert (f"puts AdS {constant['S4 + AdS'] - constant['S4']:.0f} points ahead of S4. "
-            "After falling steps AdS is {} ahead, a GLU {}, an MLP {}.".format(*ahead)) in text
+            "After falling steps AdS is {} ahead, a GLU with ReLU {}, an MLP {}.".format(*ahead)) in text
     assert (f"keeps {constant['CNN']:.0f} % under AutoAttack on MNIST, {falling['CNN']:.0f} after "
             "falling steps;") in text
 
