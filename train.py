@@ -214,14 +214,13 @@ def augment(x, pad, flip, generator):
     x (B, C, h, w), pad int pixels, flip bool; a generator makes the same choices on any device.
     """
     B, _, h, w = x.shape
-    top, left = torch.randint(2 * pad + 1, (2, B, 1), generator=generator)
-    mirror = (torch.rand(B, 1, generator=generator) < 0.5) & flip
-    rows = top + torch.arange(h)                                            # (B, h)
-    columns = left + torch.where(mirror, torch.arange(w).flip(0), torch.arange(w))     # (B, w)
-    image = torch.arange(B)[:, None, None].to(x.device)
-    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)             # (B, h', w', C)
-    crop = padded[image, rows[:, :, None].to(x.device), columns[:, None].to(x.device)]
-    return crop.permute(0, 3, 1, 2).contiguous()
+    tops, lefts = torch.randint(2 * pad + 1, (2, B), generator=generator).tolist()
+    mirrored = (torch.rand(B, generator=generator) < 0.5).tolist()
+    images = []
+    for image, top, left, mirror in zip(F.pad(x, [pad] * 4), tops, lefts, mirrored):
+        crop = image[:, top:top + h, left:left + w]
+        images.append(crop.flip(2) if flip and mirror else crop)
+    return torch.stack(images)
 
 
 # --------------------------------------------------------------------------------------------------
