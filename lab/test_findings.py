@@ -395,7 +395,7 @@ def test_the_table_of_robust_overfitting_is_that_of_the_runs():
                       r"\| (-?[\d.]+) \| (\d+) \|$", findings(), re.M)
     names = {"S4": "s4", "S4 + MLP": "s4-mlp", "S4 + AdS": "s4-ads", "Mega": "attention",
              "Mamba": "mamba"}
-    lost = {}
+    lost, fit = {}, {}
     assert len(rows) == len(list((HERE / "results").glob("cifar10-overfit-*/*/result.json"))) > 3
     for name, size, fitted, *cells, n in rows:
         path = HERE / "results" / f"cifar10-overfit-{n}" / f"{names[name]}-seed0" / "result.json"
@@ -405,9 +405,14 @@ def test_the_table_of_robust_overfitting_is_that_of_the_runs():
         assert fitted == " / ".join(f"{100 * float(last[f'train_{a}']):.1f}" for a in train.ROW)
         assert cells == [f"{100 * result[row]['pgd-10']:.1f}" for row in ("Best", "Last", "Diff")]
         lost[name, n] = cells[2]
+        fit[name, n] = f"{float(fitted.split()[2]):.0f} %"
     said = "Mamba loses {} points of PGD-10 from Best to Last, Mega {}, S4 + AdS {}."
     readme = " ".join((HERE / "README.md").read_text().split())
     assert said.format(*(lost[name, "500"] for name in ("Mamba", "Mega", "S4 + AdS"))) in readme
+    mamba, mlp, mega = ((name, "500") for name in ("Mamba", "S4 + MLP", "Mega"))
+    assert fit[mamba] == fit[mlp]
+    assert (f"Mamba loses {lost[mamba]} points and the MLP {lost[mlp]}, both at {fit[mlp]} on their "
+            f"training images under PGD-10; Mega loses {lost[mega]} at {fit[mega]}.") in prose()
 
 
 # (h) of the findings, minus AdS with ReLU -> the model in the table of falling steps.
