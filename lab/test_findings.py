@@ -411,8 +411,9 @@ def test_the_table_of_robust_overfitting_is_that_of_the_runs():
     assert said.format(*(lost[name, "500"] for name in ("Mamba", "Mega", "S4 + AdS"))) in readme
     mamba, mlp, mega = ((name, "500") for name in ("Mamba", "S4 + MLP", "Mega"))
     assert fit[mamba] == fit[mlp]
-    assert (f"Mamba loses {lost[mamba]} points and the MLP {lost[mlp]}, both at {fit[mlp]} on their "
-            f"training images under PGD-10; Mega loses {lost[mega]} at {fit[mega]}.") in prose()
+    assert (f"Mamba loses {lost[mamba]} points and the MLP {lost[mlp]}, both at {fit[mlp]} on "
+            "their training images under PGD-10; "
+            f"Mega loses {lost[mega]} at {fit[mega]}.") in prose()
 
 
 # (h) of the findings, minus AdS with ReLU -> the model in the table of falling steps.
