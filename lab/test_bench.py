@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import os
+import re
 import sys
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ import mamba_adv
 import s4_adv
 import train
 from lab import bench, floor, peers
+from lab.test_house import findings
 from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, name, randn, scrambled, seeded,
                       tiny_model)
 
@@ -486,3 +488,39 @@ def test_another_kind_of_device_and_several_processes_are_refused(device, world,
     monkeypatch.setattr(train, "world", lambda: world)
     with pytest.raises(train.UserError, match="--bench 3: it runs on cpu or cuda, in one process"):
         bench.settings(["--bench", "--device", device])
+
+
+# ---- What the findings say of speed --------------------------------------------------------------
+
+def test_the_speeds_in_the_findings_are_those_of_the_logs():
+    step = r"pgd-10 AT step +(\S+) +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) +(\S+)%"
+    rows = re.findall(r"^(\| \S.*\(bench/([\w-]+)\.txt\) \|)$", findings(), re.M)
+    assert len(rows) == 6
+    for row, name in rows:
+        log = (HERE / "results" / "bench" / f"{name}.txt").read_text()
+        cpu, mb, share = {}, {}, {}
+        for form, seconds, peak, of_floor in re.findall(step, log):
+            cpu[form], mb[form], share[form] = float(seconds), peak, of_floor
+        _, batch, here, of_floor, bf16, plain, other, peak, _ = row.strip("|").split("|")
+        assert f"batch {batch.strip()}," in log and "C library's default allocator" in log
+        assert f"**{cpu['fast']:.1f} s**" in here and of_floor == f" {share['fast']} % "
+        assert bf16.strip().startswith(f"{cpu['bf16']:.1f} s")
+        assert plain.strip() == f"{cpu['plain']:.1f} s, {cpu['plain'] / cpu['fast']:.1f}x"
+        peaks = [mb[form] for form in ("fast", "plain", "peer") if form in mb]
+        assert peak.strip() == " / ".join(peaks) + " MB"
+        if "no-ads" in cpu:
+            assert f"{cpu['fast'] / cpu['no-ads']:.2f}x S4" in here
+            assert f"{cpu['bf16'] / cpu['no-ads']:.2f}x S4" in bf16
+        assert ("peer" in cpu) == bool(other.strip())
+        if "peer" in cpu:
+            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.2f}x" in other
+
+
+def test_the_lengths_in_the_findings_are_those_of_the_logs():
+    rows = re.findall(r"^\| \[\w+\]\((bench/lengths-\w+\.txt)\) \| (.*) \|$", findings(), re.M)
+    assert len(rows) == 4
+    step = r"^ *(\d+) +pgd-10 AT step +fast +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) "
+    for file, cells in rows:
+        runs = re.findall(step, (HERE / "results" / file).read_text(), re.M)
+        assert cells.split(" | ") == [f"{1e6 * float(cpu) / 2 / int(L):.0f}, {mb}"
+                                      for L, cpu, mb in runs], file

@@ -7,7 +7,7 @@ import re
 from itertools import combinations
 
 import train
-from lab import tables
+from lab import evaluate, tables
 from lab.test_house import findings
 from test_all import HERE
 
@@ -193,12 +193,17 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     relu = "S4 + GLU with ReLU"
     assert (f"a GLU with ReLU keeps {constant[relu]} %, AdS {constant['S4 + AdS']}; after falling "
             f"steps {falling[relu]} and {falling['S4 + AdS']} |") in text
-    assert (f"GLU keeps {falling['S4 + GLU']}, with a ReLU {falling[relu]}, "
-            f"AdS {falling['S4 + AdS']}.") in text
+    assert (f"GLU keeps {falling['S4 + GLU']}; with a ReLU {falling[relu]}, "
+            f"AdS {falling['S4 + AdS']} (") in text
+    wide = [f"{100 * mean(sum(on_500_images(name), [])):.1f}" for name in ("s4-glu_relu", "s4-ads")]
+    assert f"(on 500 images {wide[0]}, {wide[1]})." in text
+    assert f"On 500 images it keeps {wide[0]}, AdS {wide[1]}:" in prose()
     ahead = [f"{falling[name] - falling['S4']:.0f}" for name in ("S4 + AdS", relu, "S4 + MLP")]
     after = "After falling steps AdS is {} ahead, a GLU with ReLU {}, an MLP {}.".format(*ahead)
     before = f"puts AdS {constant['S4 + AdS'] - constant['S4']:.0f} points ahead of S4."
     assert f"{before} {after}" in text
+    cnn = [steps["CNN"] - steps[relu] for steps in (falling, constant)]
+    assert f"S4 + GLU with ReLU by {math.floor(cnn[0])} to {math.ceil(cnn[1])};" in prose()
     assert (f"keeps {constant['CNN']:.0f} % under AutoAttack on MNIST, {falling['CNN']:.0f} after "
             "falling steps;") in text
 
@@ -259,6 +264,14 @@ def test_the_lead_of_glu_over_the_mlp_with_relu_is_the_one_that_the_table_prints
     said = (f"GLU leads the MLP by {row['difference']} points ({row['95 % interval']}; "
             f"{len(row['seeds'].split())} seeds)")
     assert row["minus"] == "s4 + mlp-relu" and said in prose()
+
+
+def test_what_gelu_costs_glu_after_falling_steps_is_what_the_table_prints():
+    row = differences(*(f"mnist-step-falling/s4-{kind}-seed{seed}" for kind in ("glu", "glu_relu")
+                        for seed in range(3)))["s4 + glu-relu", "aa", 200]
+    assert row["minus"] == "s4 + glu"
+    assert (f"GELU costs GLU {row['difference']} points even after falling steps "
+            f"({row['95 % interval']}).") in prose()
 
 
 # The steps of the training attack on CIFAR-10 -> the folder of its runs.
@@ -443,6 +456,25 @@ def test_the_differences_in_the_findings_are_those_that_the_table_prints():
         assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
 
 
+def on_500_images(name):
+    """Of each seed: [bool], which images survive AutoAttack; falling steps."""
+    folder = HERE / "results" / "evaluation" / "falling-500"
+    runs = [tables.read_run(str(folder / f"{name}-seed{seed}")) for seed in range(3)]
+    return [run["outcomes"]["aa", 500, "10"] for run in runs]
+
+
+def test_the_lead_of_glu_with_relu_over_ads_is_that_of_its_500_images():
+    pairs = list(zip(on_500_images("s4-glu_relu"), on_500_images("s4-ads")))
+    said = []
+    for first in (0, 200):
+        found = zip(*(evaluate.paired_interval(a[first:], b[first:]) for a, b in pairs))
+        said.append([f"{100 * mean(values):.1f}" for values in found])
+    p = ", ".join(f"{evaluate.mcnemar(a, b):.2g}" for a, b in pairs)
+    (lead, low, high), (other, least, most) = said
+    assert f"{lead} points more ({low} to {high}; p {p};" in prose()
+    assert f"other 300 it leads by {other} ({least} to {most})." in prose()
+
+
 def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
     """The images, in points, that the three white-box attacks leave and Square takes."""
     gaps = {}
@@ -555,37 +587,3 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
     text = prose()
     assert f"Best of {sum(map(len, gaps.values()))} trained models" in text and len(others) == 9
     assert f"lies {min(others):.1f} to {max(others):.1f} points above" in text
-
-
-def test_the_speeds_in_the_findings_are_those_of_the_logs():
-    step = r"pgd-10 AT step +(\S+) +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) +(\S+)%"
-    rows = re.findall(r"^(\| \S.*\(bench/([\w-]+)\.txt\) \|)$", findings(), re.M)
-    assert len(rows) == 6
-    for row, name in rows:
-        log = (HERE / "results" / "bench" / f"{name}.txt").read_text()
-        cpu, mb, share = {}, {}, {}
-        for form, seconds, peak, of_floor in re.findall(step, log):
-            cpu[form], mb[form], share[form] = float(seconds), peak, of_floor
-        _, batch, here, of_floor, bf16, plain, other, peak, _ = row.strip("|").split("|")
-        assert f"batch {batch.strip()}," in log and "C library's default allocator" in log
-        assert f"**{cpu['fast']:.1f} s**" in here and of_floor == f" {share['fast']} % "
-        assert bf16.strip().startswith(f"{cpu['bf16']:.1f} s")
-        assert plain.strip() == f"{cpu['plain']:.1f} s, {cpu['plain'] / cpu['fast']:.1f}x"
-        peaks = [mb[form] for form in ("fast", "plain", "peer") if form in mb]
-        assert peak.strip() == " / ".join(peaks) + " MB"
-        if "no-ads" in cpu:
-            assert f"{cpu['fast'] / cpu['no-ads']:.2f}x S4" in here
-            assert f"{cpu['bf16'] / cpu['no-ads']:.2f}x S4" in bf16
-        assert ("peer" in cpu) == bool(other.strip())
-        if "peer" in cpu:
-            assert f" {cpu['peer']:.1f} s, {cpu['peer'] / cpu['fast']:.2f}x" in other
-
-
-def test_the_lengths_in_the_findings_are_those_of_the_logs():
-    rows = re.findall(r"^\| \[\w+\]\((bench/lengths-\w+\.txt)\) \| (.*) \|$", findings(), re.M)
-    assert len(rows) == 4
-    step = r"^ *(\d+) +pgd-10 AT step +fast +\S+ +(\S+) +\S+ +\S+ +\S+ +(\d+) "
-    for file, cells in rows:
-        runs = re.findall(step, (HERE / "results" / file).read_text(), re.M)
-        assert cells.split(" | ") == [f"{1e6 * float(cpu) / 2 / int(L):.0f}, {mb}"
-                                      for L, cpu, mb in runs], file
