@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import ads
 import train
 from lab import analyse, figures
 from lab.steps import falling_steps, step_lengths
+from lab.test_findings import prose
+from lab.test_house import findings
 from test_all import (HERE, MODELS, TINY, close, images, name, randn, seeded, settings, tiny,
                       trains, weights)
 
@@ -340,3 +343,53 @@ def test_the_forms_of_gelu_differ_from_it_where_their_script_says():
                 torch.testing.assert_close(pair, expected, atol=1e-4, rtol=0)
         for f in functions:                                             # as it was
             torch.testing.assert_close(value_and_slope(f), (value, slope))
+
+
+# ---- What the findings say of its logs -----------------------------------------------------------
+
+def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "s4-ads-free.txt").read_text()
+    left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
+    said = (f"PGD-50 of eps/3 leaves {left['PGD-50 of eps/3']} %, falling from eps/10 "
+            f"{left['PGD-50 falling from eps/10']}, falling from 2 eps "
+            f"{left['PGD-50 falling from 2 eps']}, APGD-CE {left['APGD-CE']} ")
+    assert said in prose()
+
+
+def test_what_short_attacks_leave_after_yopo_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "s4-ads-yopo.txt").read_text()
+    left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
+    auto, = re.findall(r"^aa +([\d.]+)0% .* 200 ", log, re.M)
+    assert (f"leave {left['PGD-50 of eps/3']}, {left['PGD-50 falling from eps/10']}, "
+            f"{left['PGD-50 falling from 2 eps']} and {left['APGD-CE']}, and AutoAttack {auto} "
+            "(n = 200)") in prose()
+    clean, ten = re.search(r"Last \(epoch 19\) +(\S+) +(\S+)", log).groups()
+    assert f"and {float(clean):.1f} / {float(ten) + 1e-9:.1f} ([log]" in prose()
+
+
+def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
+    rows = re.findall(r"^\| (.*) \| \[log\]\((analysis/steps-\S+)\) \|$", findings(), re.M)
+    assert len(rows) == 12
+    keys = ("cosine of gradients, a step of eps/10 apart",
+            "cosine of gradients, a step of eps/3 apart", "accuracy, PGD-50 of eps/3",
+            "accuracy, PGD-50 falling from eps/3", "accuracy, PGD-50 falling from 2 eps/3",
+            "accuracy, PGD-50 falling from eps", "accuracy, PGD-50 falling from 2 eps",
+            "accuracy, APGD-CE")
+    for cells, file in rows:
+        log = (HERE / "results" / file).read_text()
+        near, far, *left = [float(re.search(rf"{key} +([\d.]+)$", log, re.M)[1]) for key in keys]
+        assert cells.split(" | ")[2:] == [f"{near:.2f}, {far:.2f}",
+                                          *(f"{100 * share:.0f}" for share in left)], file
+
+
+def test_the_epochs_of_glu_in_the_findings_are_those_of_the_logs():
+    rows = re.findall(r"^\| (\d+)" + 4 * r" \| (.* / .*)" + r" \|$", findings(), re.M)
+    assert len(rows) == 6
+    for epoch, *cells in rows:
+        found = []
+        for steps in ("constant", "falling"):
+            log = (HERE / "results" / "analysis" / f"epochs-glu-{steps}.txt").read_text()
+            line, = re.findall(rf"^ *{epoch} +(.*)$", log, re.M)
+            loss, strong, _, ten, long = line.split()
+            found += [f"{loss} / {strong}", f"{ten} / {long}"]
+        assert cells == found, epoch
