@@ -160,8 +160,8 @@ def test_the_spans_in_the_findings_are_those_of_the_runs():
     first = {name: left[0] for name, left in falling.items()}
     relu = first["activation alone, ReLU"]
     layers = sorted(first[name] - relu for name in ("MLP, ReLU", "scale alone, ReLU"))
-    assert (f"a ReLU alone is worth {relu - first['nothing']} points over nothing, a layer with "
-            f"weights {layers[0]:g} to {layers[1]:g} more (seed 0)") in text
+    assert (f"a ReLU alone is worth {relu - first['nothing']:.1f} points over nothing, a layer "
+            f"with weights {layers[0]:g} to {layers[1]:g} more (seed 0)") in text
 
 
 # (h) of the findings, equal steps: the names of the runs with a GELU, in the logs with flat GELU,
