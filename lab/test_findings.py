@@ -219,7 +219,9 @@ SLOPES = {"GLU after equal steps": "mnist-step-constant/s4-glu-seed",
           "GLU after ten of .04": "mnist-eps0.3-steps10/s4-glu-seed",
           "GLU after falling steps": "mnist-step-falling/s4-glu-seed",
           "GLU with ReLU after equal steps": "mnist-step-constant/s4-glu_relu-seed",
-          "AdS with GELU after equal steps": "mnist-step-constant/s4-ads_gelu-seed"}
+          "AdS with GELU after equal steps": "mnist-step-constant/s4-ads_gelu-seed",
+          "Mamba after equal steps": "mnist-step-constant/mamba-seed",
+          "Mamba after falling steps": "mnist-step-falling/mamba-seed"}
 
 
 def left_through_another_slope(run):
@@ -243,6 +245,19 @@ def test_the_table_of_slopes_is_that_of_its_log():
     ten, auto = (re.search(rf"^{name} +([\d.]+)0% .* 200 ", log, re.M)[1]
                  for name in ("pgd-10", "aa"))
     assert f"PGD-10 leaves {ten}, AutoAttack {auto} (n = 200" in prose()
+
+
+def test_what_mamba_keeps_after_equal_and_after_falling_steps_is_what_its_runs_and_logs_say():
+    row = differences("mnist-step-constant/mamba-seed0", "mnist-step-falling/mamba-seed0")[
+        "mamba", "aa", 200]
+    kept = [outcomes((f"mnist-step-{steps}",), "mamba")[2][0] for steps in ("constant", "falling")]
+    text = prose()
+    assert (f"AutoAttack leaves Mamba {kept[0]:.1f} %, after falling ones {kept[1]:.1f}: "
+            f"{row['difference']} points more ({row['95 % interval']}; n = 200;") in text
+    assert (f"Mamba keeps {kept[0]:.1f} % after equal steps, {kept[1]:.1f} after falling ones "
+            "(one seed)") in " ".join((HERE / "README.md").read_text().split())
+    plain, other, _ = (float(cell) for cell in slope_row("Mamba after equal steps"))
+    assert f"breaks {plain - other:.1f} points more than plain PGD-50 after equal" in text
 
 
 def test_the_runs_whose_attack_alone_is_changed_keep_what_their_logs_say():
@@ -493,6 +508,7 @@ def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
                  if re.fullmatch(rf"{equal}{run}(-lr1e-2)?-seed\d", key)]
         assert f"{min(found):g} to {max(found):g} {name}" in text, name
     assert gaps["mnist-lr/s4-lr3e-2-seed0"] == 23
+    assert f"{gaps['mnist-step-constant/mamba-seed0']:g} of Mamba" in text
     falling = [gap for key, gap in gaps.items() if key.startswith("mnist-step-falling/")]
     assert f"after falling steps at most {max(falling):g} of any" in text
     assert sum(gap == 0 for key, gap in gaps.items() if key.startswith("mnist")) == 3
