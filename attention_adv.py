@@ -317,7 +317,7 @@ def ascend(model, loss, x, start, eps, alpha, steps):
         raise ValueError(f"eps {eps} is outside [0, 1]; give pixel units, 8/255, not 8")
     step_sizes = list(alpha) if isinstance(alpha, (list, tuple)) else [alpha] * steps
     if len(step_sizes) != steps:
-        raise ValueError(f"{len(step_sizes)} steps alpha for {steps} steps; give one for each")
+        raise ValueError(f"{len(step_sizes)} step sizes for {steps} steps; give one for each")
     if len(x) == 0:
         return x.detach().clone()
     with frozen(model), torch.inference_mode(False), torch.enable_grad():

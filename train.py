@@ -76,7 +76,7 @@ PRESETS = {
 STATES = {"mamba": 16, "attention": 16}         # d_state, whatever the data set
 HELD_OUT = 1000                                 # training images that choose Best, not trained on
 RUN_FILES = ("last.pt", "best.pt", "config.json", "log.csv", "result.json")
-NEEDED = {"model", "dataset", "seed", "ads", "control", *PRESETS["cifar10"]}    # by a checkpoint
+NEEDED = {"model", "dataset", "seed", "ads", "control", *PRESETS["cifar10"]}   # in a checkpoint
 MAY_CHANGE = ("data_dir", "device", "save_every", "attacks")            # beside --resume
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")   # what it sets
 
@@ -1357,7 +1357,7 @@ def main(argv=None):
             return laboratory(JOBS[job], job).main(["--help"] if helps else words) or 0
         run_from(words)
     except (UserError, FloatingPointError) as e:
-        return complain(e, alone=isinstance(e, FloatingPointError))         # its images alone
+        return complain(e, alone=isinstance(e, FloatingPointError))         # other images do well
     except KeyboardInterrupt as e:
         say(f"\nstopped; {e}" if str(e) else "\nstopped", file=sys.stderr)
         return 130

@@ -256,6 +256,13 @@ def test_what_mamba_keeps_after_equal_and_after_falling_steps_is_what_its_runs_a
             f"{row['difference']} points more ({row['95 % interval']}; n = 200;") in text
     assert (f"Mamba keeps {kept[0]:.1f} % after equal steps, {kept[1]:.1f} after falling ones "
             "(one seed)") in " ".join((HERE / "README.md").read_text().split())
+    paths = [HERE / "results" / f"mnist-step-{steps}" / "mamba-seed0" / "best-evaluation.json"
+             for steps in ("constant", "falling")]
+    ten = [100 * row["accuracy"] for path in paths for row in json.loads(path.read_text())["rows"]
+           if (row["attack"], row["n"]) == ("pgd-10", 200)]
+    assert "PGD-10 leaves {:.1f} and {:.1f} of these images.".format(*ten) in text
+    assert (f"Mamba then keeps {outcomes(CONSTANT, 'mamba')[1][0] + 1e-9:.1f} under PGD-10 and "
+            f"{kept[0]:.1f} under AutoAttack (one seed), but {kept[1]:.1f} after") in text
     plain, other, _ = (float(cell) for cell in slope_row("Mamba after equal steps"))
     assert f"breaks {plain - other:.1f} points more than plain PGD-50 after equal" in text
 
@@ -300,7 +307,9 @@ def test_what_gelu_costs_glu_after_falling_steps_is_what_the_table_prints():
                         for seed in range(3)))["s4 + glu-relu", "aa", 200]
     assert row["minus"] == "s4 + glu"
     assert (f"with a GELU keeps {row['difference'].lstrip('-')} points less than with a ReLU "
-            f"({row['95 % interval']}; 3 seeds)") in prose()
+            f"({row['95 % interval']}; 3 seeds), though more under PGD-10 "
+            "({:.1f} and {:.1f})".format(*(mean(outcomes(("mnist-step-falling",), run)[1])
+                                           for run in ("s4-glu", "s4-glu_relu")))) in prose()
 
 
 # The steps of the training attack on CIFAR-10 -> the folder of its runs.
