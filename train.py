@@ -699,7 +699,7 @@ def train_model(c, data, state=None):
         restore(run, state)
         left = "trained to its end; the test is left"
         if run.epoch < run.epochs:
-            left = f"going on at epoch {run.epoch + 1}, batch {run.batch + 1}"
+            left = f"going on in epoch {run.epoch + 1}, after batch {run.batch} of {run.batches}"
         say(f"{c.out}: {left}")
         write_log(run)                          # a cut may have come before it was written
     if rank() == 0:
