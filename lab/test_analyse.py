@@ -385,6 +385,7 @@ def test_what_short_attacks_leave_in_the_findings_is_what_the_logs_say():
 def test_the_epochs_of_glu_in_the_findings_are_those_of_the_logs():
     rows = re.findall(r"^\| (\d+)" + 4 * r" \| (.* / .*)" + r" \|$", findings(), re.M)
     assert len(rows) == 6
+    shares = {"constant": [], "falling": []}
     for epoch, *cells in rows:
         found = []
         for steps in ("constant", "falling"):
@@ -392,4 +393,18 @@ def test_the_epochs_of_glu_in_the_findings_are_those_of_the_logs():
             line, = re.findall(rf"^ *{epoch} +(.*)$", log, re.M)
             loss, strong, _, ten, long = line.split()
             found += [f"{loss} / {strong}", f"{ten} / {long}"]
+            shares[steps].append(100 * float(loss) / float(strong))
         assert cells == found, epoch
+    early, *_, late, last = shares["constant"]
+    falling = shares["falling"]
+    assert max(late, last) < 100 / 3
+    assert (f"reaches {early:.0f} % of that PGD-50's loss at epoch 8, less than a third from epoch "
+            "28 on. With falling steps it stays at "
+            f"{min(falling):.0f} to {max(falling):.0f} %:") in prose()
+
+
+def test_what_the_epoch_chosen_by_a_long_attack_keeps_is_what_its_log_says():
+    log = (HERE / "results" / "analysis" / "epochs-glu-constant.txt").read_text()
+    left = re.findall(r"^aa +([\d.]+)0% ", log, re.M)
+    said = f"AutoAttack leaves epoch 12 {left[0]} % (n = 200), PGD-10's choice {left[1]} ("
+    assert len(left) == 2 and said in prose()
