@@ -163,6 +163,9 @@ def test_the_spans_in_the_findings_are_those_of_the_runs():
     said = "With a ReLU and weights the MLP adds {:.1f} to that, the scale {:.1f}, AdS {:.1f}, GLU"
     assert (f"a ReLU alone is worth {relu - kept['nothing']:.1f} points over nothing. {said} "
             "{:.1f}.").format(*more) in text
+    equal = [mean(outcomes(CONSTANT, run)[2]) for run in ("s4-scale", "s4-ads")]
+    assert ("the scale alone keeps {:.1f}, AdS {:.1f}; after equal steps {:.1f} and {:.1f}."
+            ).format(kept["scale alone, ReLU"], kept["AdS, ReLU"], *equal) in text
 
 
 # (h) of the findings, equal steps: the names of the runs with a GELU, in the logs with flat GELU,
@@ -274,9 +277,8 @@ def test_what_mamba_keeps_after_equal_and_after_falling_steps_is_what_its_runs_a
     paths = [HERE / "results" / folder / "best-evaluation.json" for folder in folders]
     ten = [100 * row["accuracy"] for path in paths for row in json.loads(path.read_text())["rows"]
            if (row["attack"], row["n"]) == ("pgd-10", 200)]
-    n = len(ten) // 2
     said = "PGD-10 leaves {:.1f} and {:.1f} of these images, mean over seeds."
-    assert said.format(mean(ten[:n]), mean(ten[n:])) in text
+    assert said.format(mean(ten[:3]), mean(ten[3:])) in text
     broken = []
     for steps in ("equal", "falling"):
         plain, other, _ = (map(float, cells.split(", "))
