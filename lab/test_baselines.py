@@ -7,6 +7,7 @@ import torch
 
 import train
 from lab.baselines import Cnn, ViT
+from lab.test_findings import outcomes, prose, span
 from test_all import close, images, seeded, settings, trains, weights
 
 SMALL = "--d-model 8 --n-layers 1 --batch-size 16 --train-size 32 --test-size 20 --epochs 1".split()
@@ -83,3 +84,11 @@ def test_of_a_baseline_the_lengths_of_steps_alone_are_measured(tmp_path, capsys)
     found = json.loads((tmp_path / "run" / "last-analysis.json").read_text())["rows"]
     assert {row["statement"] for row in found} == {"how long must steps be"}
     assert not list((tmp_path / "run").glob("*.png"))
+
+
+def test_the_cnn_and_the_ssms_keep_on_cifar10_what_the_findings_say():
+    cnn, = outcomes(("cifar10-baselines",), "cnn")[2]
+    ssms = sum((outcomes(("cifar10-patch4",), run)[2] for run in ("s4*", "mamba", "attention")), [])
+    assert f"one seed keeps {cnn:.1f}, the SSMs {span(ssms)}." in prose()
+    glu = outcomes(("mnist-eps0.3-steps10",), "s4-glu")[2]
+    assert "After PGD-10 of 0.04 GLU keeps {:.1f} and {:.1f},".format(*glu) in prose()
