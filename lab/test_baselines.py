@@ -7,8 +7,9 @@ import torch
 
 import train
 from lab.baselines import Cnn, ViT
-from lab.test_findings import outcomes, prose, span
-from test_all import close, images, seeded, settings, trains, weights
+from lab.test_findings import mean, outcomes, prose, span
+from lab.test_house import findings
+from test_all import HERE, close, images, seeded, settings, trains, weights
 
 SMALL = "--d-model 8 --n-layers 1 --batch-size 16 --train-size 32 --test-size 20 --epochs 1".split()
 CHECKS = {"cnn": lambda: Cnn(2, 3, (4, 8), d_model=3, n_layers=2),
@@ -92,3 +93,23 @@ def test_the_cnn_and_the_ssms_keep_on_cifar10_what_the_findings_say():
     assert f"one seed keeps {cnn:.1f}, the SSMs {span(ssms)}." in prose()
     glu = outcomes(("mnist-eps0.3-steps10",), "s4-glu")[2]
     assert "After PGD-10 of 0.04 GLU keeps {:.1f} and {:.1f},".format(*glu) in prose()
+
+
+# (i) of the findings: images, model, steps -> the folder and the name of its runs.
+PLAIN = {"MNIST | CNN | equal": ("mnist-baselines", "cnn"),
+         "MNIST | CNN | falling": ("mnist-step-falling", "cnn"),
+         "MNIST | ViT | equal": ("mnist-baselines", "vit"),
+         "CIFAR-10 | CNN | equal": ("cifar10-baselines", "cnn")}
+
+
+def plain_row(family, run):
+    """Parameters, seeds, clean / PGD-10, mean over seeds, and AutoAttack of each seed."""
+    clean, pgd, auto = outcomes((family,), run)
+    result = json.loads((HERE / "results" / family / f"{run}-seed0" / "result.json").read_text())
+    return [f"{result['parameters']:,}", str(len(clean)), f"{mean(clean):.1f} / {mean(pgd):.1f}",
+            ", ".join(f"{accuracy:.1f}" for accuracy in auto)]
+
+
+def test_the_table_of_plain_networks_is_that_of_the_runs():
+    for name, (family, run) in PLAIN.items():
+        assert f"| {name} | {' | '.join(plain_row(family, run))} |" in findings(), name

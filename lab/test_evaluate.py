@@ -2,6 +2,7 @@
 """--evaluate: rows, stages, per-image outcomes, sweeps, transfer, cuts, the published attack."""
 import json
 import math
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import s4_adv
 import train
 from lab import autoattack, evaluate
 from lab.test_autoattack import ATTACKS, LinearSpy, dotted, net
+from lab.test_house import findings
 from test_all import HERE, TINY, close, randn, seeded, settings, tiny_model, trains
 
 TINY_7 = [*TINY, "--patch-size", "7", "--batch-size", "8"]
@@ -513,3 +515,18 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(
     err = capsys.readouterr().err
     assert BAD[words] in err and err.startswith("train.py: ") and err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_matrix_of_transfer_is_that_of_the_logs():
+    rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$",
+                      findings(), re.M)
+    names = [name for _, name in rows]
+    assert len(names) == 7
+    for cells, name in rows:
+        log = (HERE / "results" / "transfer" / f"{name}.txt").read_text()
+        sources = re.findall(r"--transfer-from results/mnist-step-(\w+)/(\S+)-seed0/best.pt", log)
+        own = re.findall(r"^pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
+        left = re.findall(r"^transfer: pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
+        found = dict(zip(("-".join(source) for source in sources), left, strict=True))
+        assert len(set(own)) == 1 and len(found) == 6
+        assert cells.split(" | ") == [found.get(source, f"**{own[0]}**") for source in names], name

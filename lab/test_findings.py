@@ -60,26 +60,6 @@ def test_the_table_of_the_readme_is_that_of_the_runs():
         (name, row_of(name)) for name in ROWS]
 
 
-# (i) of the findings: images, model, steps -> the folder and the name of its runs.
-PLAIN = {"MNIST | CNN | equal": ("mnist-baselines", "cnn"),
-         "MNIST | CNN | falling": ("mnist-step-falling", "cnn"),
-         "MNIST | ViT | equal": ("mnist-baselines", "vit"),
-         "CIFAR-10 | CNN | equal": ("cifar10-baselines", "cnn")}
-
-
-def plain_row(family, run):
-    """Parameters, seeds, clean / PGD-10, mean over seeds, and AutoAttack of each seed."""
-    clean, pgd, auto = outcomes((family,), run)
-    result = json.loads((HERE / "results" / family / f"{run}-seed0" / "result.json").read_text())
-    return [f"{result['parameters']:,}", str(len(clean)), f"{mean(clean):.1f} / {mean(pgd):.1f}",
-            ", ".join(f"{accuracy:.1f}" for accuracy in auto)]
-
-
-def test_the_table_of_plain_networks_is_that_of_the_runs():
-    for name, (family, run) in PLAIN.items():
-        assert f"| {name} | {' | '.join(plain_row(family, run))} |" in findings(), name
-
-
 # (h) of the findings: what stands in the middle of the block -> the name of its runs.
 MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
            "activation alone, GELU": "s4-gelu", "MLP, ReLU": "s4-mlp_relu",
@@ -537,21 +517,6 @@ def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
     assert f"after falling steps at most {max(falling):g} of any" in text
     assert sum(gap == 0 for key, gap in gaps.items() if key.startswith("mnist")) == 4
     assert not any(gap for key, gap in gaps.items() if key.startswith("cifar10"))
-
-
-def test_the_matrix_of_transfer_is_that_of_the_logs():
-    rows = re.findall(r"^\| [\w, ]+ \| (.*) \| \[log\]\(transfer/(\S+)\.txt\) \|$",
-                      findings(), re.M)
-    names = [name for _, name in rows]
-    assert len(names) == 7
-    for cells, name in rows:
-        log = (HERE / "results" / "transfer" / f"{name}.txt").read_text()
-        sources = re.findall(r"--transfer-from results/mnist-step-(\w+)/(\S+)-seed0/best.pt", log)
-        own = re.findall(r"^pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
-        left = re.findall(r"^transfer: pgd-10 +([\d.]+)0% .* 500 ", log, re.M)
-        found = dict(zip(("-".join(source) for source in sources), left, strict=True))
-        assert len(set(own)) == 1 and len(found) == 6
-        assert cells.split(" | ") == [found.get(source, f"**{own[0]}**") for source in names], name
 
 
 def test_the_accuracies_under_attack_in_the_findings_are_those_of_the_logs():
