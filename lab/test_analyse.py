@@ -18,8 +18,7 @@ from lab import analyse, figures
 from lab.steps import falling_steps, step_lengths
 from lab.test_findings import prose
 from lab.test_house import findings
-from test_all import (HERE, MODELS, TINY, close, images, name, randn, seeded, settings, tiny,
-                      trains, weights)
+from test_all import HERE, TINY, close, images, randn, settings, tiny, trains, weights
 
 SIZES = "--d-model 8 --d-state 4 --n-layers 1 --patch-size 14".split()
 

@@ -9,7 +9,7 @@ import train
 from lab.baselines import Cnn, ViT
 from lab.test_findings import mean, outcomes, prose, span
 from lab.test_house import findings
-from test_all import HERE, close, images, seeded, settings, trains, weights
+from test_all import HERE, close, images, settings, trains, weights
 
 SMALL = "--d-model 8 --n-layers 1 --batch-size 16 --train-size 32 --test-size 20 --epochs 1".split()
 CHECKS = {"cnn": lambda: Cnn(2, 3, (4, 8), d_model=3, n_layers=2),

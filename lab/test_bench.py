@@ -20,8 +20,7 @@ import s4_adv
 import train
 from lab import bench, floor, peers
 from lab.test_house import findings
-from test_all import (ALPHA, EPS, HERE, KERNELS, MODELS, close, name, randn, scrambled, seeded,
-                      tiny_model)
+from test_all import ALPHA, EPS, HERE, KERNELS, MODELS, close, randn, scrambled, tiny_model
 
 SMALL = ("--d-model 8 --d-state 4 --n-layers 1 --patch-size 14 --steps 2 --dataset synthetic "
          "--device cpu").split()

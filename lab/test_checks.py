@@ -12,7 +12,6 @@ import train
 from lab import checks
 from lab.test_autoattack import dotted
 from lab.test_evaluate import evaluates, report, trained
-from test_all import seeded
 
 NAMES = ["forward deterministic and finite", "gradient not zero",
          "gradient is the slope, in float64", "fgsm, pgd-10, pgd-50x5 in this order",

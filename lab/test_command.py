@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from test_all import HERE, TINY, seeded, settings, trains
+from test_all import HERE, TINY, settings, trains
 
 
 def test_presets_are_the_papers_protocol():

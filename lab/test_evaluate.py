@@ -16,7 +16,7 @@ import train
 from lab import autoattack, evaluate
 from lab.test_autoattack import ATTACKS, LinearSpy, dotted, net
 from lab.test_house import findings
-from test_all import HERE, TINY, close, randn, seeded, settings, tiny_model, trains
+from test_all import HERE, TINY, close, randn, settings, tiny_model, trains
 
 TINY_7 = [*TINY, "--patch-size", "7", "--batch-size", "8"]
 

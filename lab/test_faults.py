@@ -18,7 +18,7 @@ import mamba_adv
 import s4_adv
 import train
 from lab import autoattack, evaluate
-from test_all import TINY, seeded, trains
+from test_all import TINY, trains
 
 
 def refused(words, capsys):

@@ -9,7 +9,7 @@ import torch
 
 import train
 from lab import figures
-from test_all import TINY, log, seeded, trains
+from test_all import TINY, log, trains
 
 TINY_7 = [*TINY, "--patch-size", "7", "--batch-size", "8", "--attacks", "clean"]
 HEAD = "epoch,val_clean,val_pgd-10\n"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mamba_adv
 from lab import floor
-from test_all import MODELS, close, name, randn, seeded, tiny
+from test_all import MODELS, close, randn, tiny
 
 pytestmark = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
                                 reason="torch < 2.6 cannot count operators of complex constants")

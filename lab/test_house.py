@@ -13,7 +13,7 @@ import torch
 
 import train
 from lab.evaluate import survivors_of
-from test_all import DATA, HERE, seeded
+from test_all import DATA, HERE
 
 FLOORS = [["ads"], ["s4_adv", "mamba_adv", "attention_adv"], ["train"]]
 

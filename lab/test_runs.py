@@ -18,8 +18,8 @@ from torch import nn
 import mamba_adv
 import train
 from lab.tiny_imagenet import load as load_tiny_imagenet
-from test_all import (ALPHA, DATA, EPS, HERE, MODELS, TINY, close, images, log, name, needs, seeded,
-                      settings, tiny, tiny_model, trains, weights)
+from test_all import (ALPHA, DATA, EPS, HERE, MODELS, TINY, close, images, log, needs, settings,
+                      tiny, tiny_model, trains, weights)
 
 
 def tiny_settings(*words):

@@ -22,9 +22,8 @@ from torch.nn.utils import parametrizations
 import ads
 import attention_adv
 import mamba_adv
-from test_all import (ALPHA, EPS, HERE, KERNELS, MAPS, MODELS, SCRIPTS, Spy, attack, close, images,
-                      kind, linear, name, run, same_gradients, scan_inputs, scrambled, script,
-                      seeded, smooth, tiny)
+from test_all import (ALPHA, EPS, HERE, KERNELS, MAPS, MODELS, Spy, close, images, linear, run,
+                      same_gradients, scan_inputs, scrambled, smooth, tiny)
 
 GPU = torch.cuda.is_available()
 FILES = [str(file.relative_to(HERE)) for folder in (HERE, HERE / "lab")

@@ -9,7 +9,7 @@ import torch
 
 import train
 from lab.evaluate import mcnemar, paired_interval, to_hex
-from test_all import TINY, seeded, settings, trains
+from test_all import TINY, settings, trains
 
 
 @pytest.fixture(scope="module")

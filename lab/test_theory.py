@@ -12,7 +12,7 @@ import mamba_adv
 import s4_adv
 from lab import certificate, theory
 from lab.analyse import mixing
-from test_all import (MAPS, close, each, images, kind, randn, scan_inputs, scrambled, seeded, tiny)
+from test_all import MAPS, close, each, images, randn, scan_inputs, scrambled, tiny
 
 fixed_map = each("s4", "dss", "s5")
 few = pytest.mark.parametrize("L", (1, 7, 16))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from test_all import DATA, TINY, close, log, seeded, settings, tiny_model, trains, weights
+from test_all import DATA, TINY, close, log, settings, tiny_model, trains, weights
 
 
 def test_the_last_1000_training_images_are_held_out_and_sizes_take_the_first(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mamba_adv
-from test_all import HERE, close, same_gradients, scan_inputs, seeded
+from test_all import HERE, close, same_gradients, scan_inputs
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
