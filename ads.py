@@ -71,8 +71,8 @@ def middle(d_model, ads=None, control=None):
                          "mlp-relu"
                          "scale", "shift"  one half of ReLU-AdS: s(y) * y, y + t(y)
 
-    "glu", "mlp" and their ReLU forms have as many parameters as AdS. GELU(a) falls as a grows to
-    -0.75. On MNIST at eps 0.3 this misleads PGD of equal steps: results/README.md, (h).
+    "glu", "mlp" and their ReLU forms have as many parameters as AdS. GELU(a) falls until
+    a = -0.75. On MNIST at eps 0.3 this dip misleads PGD of equal steps: results/README.md, (h).
     Returns a module (..., d_model) -> (..., d_model).  ValueError for both at once, unknown names.
     """
     if ads and control:

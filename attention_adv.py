@@ -9,7 +9,7 @@
     without AdS      40,456   68.0%   38.1%
     with AdS         57,096   75.3%   43.6%
 
-79 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
+79 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread, one seed, beside other jobs.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mega   Ma et al. 2023, arXiv 2209.10655          TRADES  Zhang et al. 2019, 1901.08573
@@ -143,8 +143,8 @@ class Mega(nn.Module):
         new = SiLU(candidate + Linear([AdS](SiLU(reset) * mixed)))
         y = sigmoid(update) * new + (1 - sigmoid(update)) * u
 
-    In the paper sigmoid(update) is phi, SiLU(z) the matrix Z, SiLU(reset) gamma, mixed O, new H^.
-    The SiLU around EMA stands in Mega's code only.
+    The paper calls sigmoid(update) phi, SiLU(z) Z, SiLU(reset) gamma, mixed O, new H^. Here Z and
+    gamma mean other things, see below. The SiLU around EMA stands in Mega's code only.
 
     d_model       int         channels H
     d_state       int         states N of the moving average
@@ -249,7 +249,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(d_model, n_classes)
 
     def embed(self, x):
-        """Images -> tokens (B, L, H), an affine map; apart, since YOPO wants its gradient alone."""
+        """Images -> tokens (B, L, H), an affine map. YOPO differentiates this layer alone."""
         size = self.patches.kernel_size[0]
         h, w = x.shape[-2:]
         if h % size or w % size:
@@ -424,7 +424,7 @@ def accuracy(model, batches, attack=None):
 
 
 def param_groups(model, weight_decay):
-    """Groups for AdamW: weights of Linear and Conv layers decay; SSM parameters, norms, biases not.
+    """Groups for AdamW: weights of Linear and Conv layers decay, all other parameters do not.
 
     Decay would pull log dt to 0, dt to 1, ten times S4's largest at the start. The authors' models
     decay all alike. Mamba's `select` and `step`, which make dt, B and C, are Linear layers.

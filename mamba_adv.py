@@ -9,7 +9,7 @@
     without AdS      18,890   87.0%   57.7%
     with AdS         35,530   90.5%   65.1%
 
-110 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
+110 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread, one seed, beside other jobs.
 
 Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2018, 1706.06083
            Mamba  Gu and Dao 2023, arXiv 2312.00752         TRADES  Zhang et al. 2019, 1901.08573
@@ -78,7 +78,7 @@ def selective_scan(u, dt, A, B, C, D):
     B, C = (v.expand(*u.shape[:2], A.shape[1]) for v in (B, C))
     if u.is_cuda and TritonScan is not None:
         return TritonScan.apply(u, dt, A, B, C, D)
-    # On a CPU so few images go at a time that 8 steps or more of theirs fit the cache.
+    # On a CPU as many images go at a time as keep 8 steps in the cache, but at least one.
     n = len(u) if u.is_cuda else max(1, SelectiveScan.SIZE // (8 * A.numel()))
     parts = zip(*(v.split(n) for v in (u, dt, B, C)))
     return torch.cat([SelectiveScan.apply(u, dt, A, B, C, D) for u, dt, B, C in parts])
@@ -97,7 +97,7 @@ class SelectiveScan(torch.autograd.Function):
         du_t = dt_t dw_t + D g_t    ddt_t = u_t dw_t + sum_n A q_t    dD = sum_{b,t} g_t u_t
     No exponential of a positive number and no division occurs: no power of a_t can overflow.
 
-    All chunks share three buffers (T + 1, b, N, d), so that no large tensor is made per chunk.
+    All chunks share three buffers (T + 1, b, N, d): new ones would take up to 2.9 times the memory.
     """
     SIZE = 2 ** 18                              # states of one chunk, T b N d: 1 MiB in float32
 
@@ -253,7 +253,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(d_model, n_classes)
 
     def embed(self, x):
-        """Images -> tokens (B, L, H), an affine map; apart, since YOPO wants its gradient alone."""
+        """Images -> tokens (B, L, H), an affine map. YOPO differentiates this layer alone."""
         size = self.patches.kernel_size[0]
         h, w = x.shape[-2:]
         if h % size or w % size:
@@ -429,7 +429,7 @@ def accuracy(model, batches, attack=None):
 
 
 def param_groups(model, weight_decay):
-    """Groups for AdamW: weights of Linear and Conv layers decay; SSM parameters, norms, biases not.
+    """Groups for AdamW: weights of Linear and Conv layers decay, all other parameters do not.
 
     Decay would pull log dt to 0, dt to 1, ten times S4's largest at the start. The authors' models
     decay all alike. Mamba's `select` and `step`, which make dt, B and C, are Linear layers.

@@ -9,7 +9,7 @@
     without AdS      21,322   68.8%   39.5%
     with AdS         37,962   94.1%   74.1%
 
-55 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread and seed, other jobs beside it.
+55 CPU seconds on a 2-core x86-64 machine, torch 2.14.1, one thread, one seed, beside other jobs.
 
 Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 2018, 1706.06083
            S4       Gu et al. 2022, arXiv 2111.00396       TRADES  Zhang et al. 2019, 1901.08573
@@ -48,7 +48,7 @@ from ads import middle
 # --------------------------------------------------------------------------------------------------
 
 def hippo_legs(N):
-    """HiPPO-LegS as normal minus rank one, A = V (lam - P P*) V*.            S4, Thm 1 and App. C.1
+    """HiPPO-LegS as normal minus rank one, A = V (diag(lam) - P P*) V*.      S4, Thm 1 and App. C.1
 
     N  int  number of states. A_nk = -sqrt(2n+1) sqrt(2k+1) for n > k, -(n+1) for n = k, else 0.
 
@@ -91,23 +91,17 @@ def parameter(z):
 # The sequence map: h_t = A' h_{t-1} + B' u_t,  y_t = Re(C h_t) + D u_t  with A', B', C, D fixed
 # --------------------------------------------------------------------------------------------------
 
-def convolve(u, K_hat):
-    """y_t = sum_s K_s u_{t-s}, by FFTs of length 2L, so that nothing wraps around.
+def apply_kernel(ssm, u):
+    """y_t = sum_s K_s u_{t-s} with K = ssm.kernel(L), by FFTs of length 2L: nothing wraps around.
 
-    u  (B, L, H)    K_hat  (H, L+1)  rfft of K, padded to 2L                       returns (B, L, H)
+    u  (B, L, H)  input                   returns (B, L, H).   `frozen` keeps the FFT of K.
     """
     if len(u) == 0:
         return u                                            # MKL's FFT refuses an empty batch
     L = u.shape[1]
-    u_hat = torch.fft.rfft(u.mT, 2 * L)                                     # (B, H, L+1)
-    return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].mT
-
-
-def apply_kernel(ssm, u):
-    """y (B, L, H): kernel(L) of the ssm convolved with u (B, L, H). `frozen` keeps the FFT of K."""
-    L = u.shape[1]
     K_hat = once(ssm, L, lambda: torch.fft.rfft(ssm.kernel(L), 2 * L))      # (H, L+1)
-    return convolve(u.to(K_hat.real.dtype), K_hat)                          # no FFT in bf16
+    u_hat = torch.fft.rfft(u.to(K_hat.real.dtype).mT, 2 * L)                # no FFT in bf16
+    return torch.fft.irfft(u_hat * K_hat, 2 * L)[..., :L].mT
 
 
 def cauchy(w, lam, s, c):
@@ -121,8 +115,8 @@ def cauchy(w, lam, s, c):
     imag = -2 * lam.real[:, None] * (s * c)                                 # (H, N/2, M)
     numerators = 2 * torch.cat([w.real, (w * lam.conj()).real], 1)          # (H, 8, N/2)
     sums = numerators.to(w.dtype) @ torch.complex(real, imag).reciprocal()  # (H, 8, M)
-    first, second = sums.chunk(2, 1)
-    return 1j * s * first - c * second
+    w_sums, w_lam_sums = sums.chunk(2, 1)                                   # (H, 4, M) each
+    return 1j * s * w_sums - c * w_lam_sums
 
 
 class S4(nn.Module):
@@ -290,7 +284,7 @@ class Scan(torch.autograd.Function):
         steps = h.unbind(2)
         for before, now in zip(steps, steps[1:]):                           # (B, L/T, P)
             now.addcmul_(a, before)
-        # 2. Chunk by chunk: the last state before it arrives at its k-th step times a^k.
+        # 2. Chunk by chunk: the k-th step gains a^k times the last state of the chunk before.
         powers = a.expand(T, -1).cumprod(0)                                 # a^1 .. a^T, (T, P)
         chunks = h.unbind(1)
         for before, now in zip(chunks, chunks[1:]):                         # (B, T, P)
@@ -405,7 +399,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(d_model, n_classes)
 
     def embed(self, x):
-        """Images -> tokens (B, L, H), an affine map; apart, since YOPO wants its gradient alone."""
+        """Images -> tokens (B, L, H), an affine map. YOPO differentiates this layer alone."""
         size = self.patches.kernel_size[0]
         h, w = x.shape[-2:]
         if h % size or w % size:
@@ -581,7 +575,7 @@ def accuracy(model, batches, attack=None):
 
 
 def param_groups(model, weight_decay):
-    """Groups for AdamW: weights of Linear and Conv layers decay; SSM parameters, norms, biases not.
+    """Groups for AdamW: weights of Linear and Conv layers decay, all other parameters do not.
 
     Decay would pull log dt to 0, dt to 1, ten times S4's largest at the start. The authors' models
     decay all alike. Mamba's `select` and `step`, which make dt, B and C, are Linear layers.

@@ -54,9 +54,9 @@ SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
 BASELINES = ("cnn", "vit")                      # lab/baselines.py: no state space models
 METHODS = ("standard", "pgd", "trades", "free", "yopo")
 # Flags that belong to some methods or models alone.
-OWNERS = {"steps": ("pgd", "trades"), "beta": ("trades",), "replays": ("free",), "yopo": ("yopo",),
-          "d_hidden": ("attention", "vit"), "d_state": tuple(SCRIPTS),
-          "patch_size": (*SCRIPTS, "vit")}
+OWNERS = {"steps": ("pgd", "trades"), "eps_warmup": METHODS[1:], "beta": ("trades",),
+          "replays": ("free",), "yopo": ("yopo",), "d_hidden": ("attention", "vit"),
+          "d_state": tuple(SCRIPTS), "patch_size": (*SCRIPTS, "vit")}
 
 # The paper's protocol, by data set (Qi et al. 2024, experimental settings); synthetic is ours, for
 # a laptop. What is not given on the command line and depends on the data set comes from here.
@@ -115,8 +115,8 @@ def load_data(c):
     val is the last HELD_OUT training images, train the first c.train_size of those before them,
     test the first c.test_size test images.  UserError where data are missing, or too few.
     """
-    # The first process of a machine goes first: it may download. Nobody passes before all have
-    # looked at --out, since the first process writes there next.
+    # The first process of a machine goes first: it may download. It waits here for the others,
+    # which have all looked at --out by then, since it writes there next.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -241,7 +241,8 @@ def backward(run, x, y, eps, alpha):
     """
     c, model = run.c, run.model
     if c.method == "free":
-        return free_backward(model, x, y, run.noise[rank()::world()][:len(x)], eps)
+        noise = run.noise[rank()::world()][:len(x)]     # this process's images, as train_epoch cuts
+        return free_backward(model, x, y, noise, eps)
     if c.method == "yopo":
         passes, inner = c.yopo
         return yopo_backward(model, x, y, eps, alpha, passes, inner)
@@ -325,8 +326,8 @@ class Run:
                       if c.method == "free" else None)
         self.epoch = 0                          # epochs that are done
         self.batch = 0                          # batches that are done in the epoch at hand
-        self.loss = 0.0                         # sum of the loss over the images of these
-        self.seconds = 0.0                      # that these took
+        self.loss = 0.0                         # sum of the loss over the images of those batches
+        self.seconds = 0.0                      # that those batches took
         self.rows = []                          # log.csv: a dict for each epoch that is done
         self.best = None                        # [PGD-10, clean] of best.pt on the chooser's images
         self.saved = time.monotonic()           # when the last checkpoint was written
@@ -367,7 +368,8 @@ def build(c):
 def load(path):
     """The trained model in best.pt or last.pt, for other programs; in eval mode, on the CPU.
     Images (B, C, h, w) in [0, 1] -> logits.  UserError where there is none."""
-    return load_model(read_checkpoint(path, "train.load"), path)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):   # `build` seeds
+        return load_model(read_checkpoint(path, "train.load"), path)
 
 
 def load_model(state, path, device="cpu"):
@@ -392,8 +394,8 @@ def put_weights(model, weights, path):
 
 
 def write(path, content):
-    """A file of text, bytes, or by torch.save, all or nothing: what was there is replaced by the
-    whole new file, or stays as it is.  UserError where it cannot be written."""
+    """Writes text, bytes, or what torch.save takes, all or nothing: an old file is replaced by the
+    whole new one, or stays as it is.  UserError where it cannot be written."""
     part = path.with_name(path.name + ".part")
     if isinstance(content, str):
         content = content.encode()
@@ -411,9 +413,8 @@ def write(path, content):
     except OSError as e:
         with suppress(OSError):
             part.unlink()
-        raise UserError(f"cannot write {e.filename2 or e.filename or path} ({e.strerror}); what "
-                        "was there before is whole: make room, or choose another folder; a run "
-                        "goes on with --resume") from e
+        raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: make "
+                        "room, or choose another folder; a run goes on with --resume") from e
 
 
 def open_to_append(path):
@@ -483,18 +484,18 @@ def check_saved(config):
     """Raises an exception unless a checkpoint's settings could stand on a command line."""
     if not all(isinstance(word, str) for word in config["attacks"]):        # names: see lab/
         raise TypeError("attacks")
-    elsewhere = {"attacks", "device", "out", "resume"}
+    unchecked = {"attacks", "device", "out", "resume"}
     p = Parser("")
     defaults = add_flags(p)
     words = []
-    for name in defaults.keys() & config.keys() - elsewhere:
+    for name in (defaults.keys() & config.keys()) - unchecked:
         value = config[name]
         if isinstance(value, list):
             value = ("-" if name == "yopo" else ",").join(str(v) for v in value)
         if value is not None:
             words.append(f"--{name.replace('_', '-')}={value}")
     c = settings(p.given(words), defaults)
-    for name in vars(c).keys() & config.keys() - elsewhere:
+    for name in (vars(c).keys() & config.keys()) - unchecked:
         if config[name] != getattr(c, name):
             raise ValueError(name)
     check(SimpleNamespace(**vars(c) | {"device": "cpu"}))
@@ -545,21 +546,11 @@ def on_terminal():
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def total(values, device):
-    """Sum of a list of numbers over processes."""
-    if world() == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
 def synchronise(model, share, numbers):
-    """Sums the gradients over processes, each times share = n_local / n: that of the whole batch.
+    """Makes .grad the whole batch's: the sum over processes of share * .grad, share = n_local / n.
 
-    One flat all_reduce after each backward pass: what DDP does, but without hooks in the forward
-    pass, so that attacks cannot trigger it, and FreeAT and YOPO, which walk backwards as they
-    like, need no exception. Returns the sums of the numbers, which travel along.
+    One flat all_reduce after each backward pass: what DDP does, but without its hooks, which
+    attacks, FreeAT and YOPO would trigger. Returns the sums of the numbers, which travel along.
     """
     if world() == 1:
         return numbers
@@ -648,7 +639,9 @@ def train_epoch(run, images, labels):
             raise KeyboardInterrupt
     run.busy = False
     # A signal may have come while the last checkpoint was written.
-    asked, = total([run.asked], images.device)
+    asked = torch.tensor(float(run.asked), device=images.device)
+    if world() > 1:
+        dist.all_reduce(asked)
     if asked:
         raise KeyboardInterrupt
 
@@ -798,6 +791,13 @@ def name_of(c):
     return f"{c.model} + {middle}" if middle else c.model
 
 
+def folder_of(c):
+    """--out where it is not given: 'runs/cifar10-s4-ads_relu-pgd-seed0'."""
+    middle = f"ads_{c.ads}" if c.ads else c.control
+    parts = [c.dataset, c.model, middle, c.method, f"seed{c.seed}"]
+    return "runs/" + "-".join(part for part in parts if part)
+
+
 def format_row(row, c):
     cells = [f"{row['epoch']:5d}", f"{row['lr']:8.1e}", f"{row['loss']:7.4f}"]
     for name in watched(c):
@@ -911,10 +911,11 @@ def survivors(model, images, labels, spec, attacks, c, place, kept=None, source=
     """Which images are right as they are, and after each attack: (1 + len(attacks), n) bool.
 
     images, labels  (n, C, h, w) uint8, (n,)
-    spec, place     str, tuple  the attacks' name, what is measured and when: they fix the chances,
-                                with c.seed, batch and attack
-    kept            mapping     a batch's key -> its (1 + len(attacks), b), to be asked and filled
-    source          Module      as still_right
+    spec    str           the attacks' name
+    place   str or tuple  what is measured, and when; fixes the random numbers, with spec, c.seed,
+                          and the numbers of attack, batch and process
+    kept    mapping       a batch's key -> its part of the result: read, or else filled
+    source  Module        as still_right
     """
     kept = {} if kept is None else kept
     dtype = next(model.parameters()).dtype
@@ -1054,7 +1055,7 @@ def add_flags(p, only=None):
     flag("--d-model", int, BY_DATA, "channels", "by data set; mamba on synthetic 32", metavar="H")
     flag("--d-state", int, BY_DATA, "states of a sequence map",
          "by data set; mamba, attention 16; s5 H", metavar="N")
-    flag("--d-hidden", int, BY_DATA, "attention: channels of values and feed-forward", metavar="V")
+    flag("--d-hidden", int, BY_DATA, "channels of feed-forward, and of Mega's values", metavar="V")
     flag("--n-layers", int, BY_DATA, "blocks", metavar="N")
     flag("--patch-size", int, BY_DATA, "a token is a patch of P x P pixels",
          "1; tiny-imagenet 4, synthetic 7", metavar="P")
@@ -1078,8 +1079,8 @@ def add_flags(p, only=None):
     flag("--device", str, None, "cpu, cuda, cuda:1, ...", "cuda if there is one")
     flag("--precision", str, "fp32", "bf16: of products in training; kernels, states and "
          "evaluation stay fp32", choices=("fp32", "bf16"))
-    flag("--out", str, None, "log.csv, config.json, last.pt, best.pt, result.json", "runs/NAME",
-         metavar="DIR")
+    flag("--out", os.path.expanduser, None, "log.csv, config.json, last.pt, best.pt, result.json",
+         "runs/NAME", metavar="DIR")
     flag("--resume", str, None, "go on with the run in --out, or in PATH (a run's folder or its "
          "last.pt)", "a new run", nargs="?", const=True, metavar="PATH")
     flag("--save-every", float, 10.0, "checkpoint inside an epoch", metavar="MINUTES")
@@ -1170,6 +1171,8 @@ def refuse_idle(c, given):
     if c.method in OWNERS["steps"] and c.steps == 0:
         raise UserError(f"--steps 0: --method {c.method} would train on noise, not on an attack; "
                         "use --method standard")
+    if c.eps and 0 in (c.alpha, max(c.alphas or [1])):
+        raise UserError("--alpha or --alphas 0: the attack would not move; give steps above 0")
 
 
 def check_device(c):
@@ -1195,7 +1198,7 @@ def resumed(c, given):
         if not path.exists():
             raise UserError(f"--resume {path}: there is no such file or folder")
     folder = path.parent if path.is_file() else path
-    if "out" in given and Path(given["out"]).resolve() != folder.resolve():
+    if "out" in given and os.path.realpath(given["out"]) != os.path.realpath(folder):
         raise UserError(f"--out {given['out']}: a run goes on in its own folder, {folder}; leave "
                         "--out out, or copy that folder and --resume the copy")
     if path.is_file() and path.name != "last.pt":
@@ -1220,8 +1223,8 @@ def resumed(c, given):
 
 
 def checkpoint_settings(c, given, state, path, free):
-    """c with a checkpoint's settings; a given flag replaces one if it is in free, else it must be
-    equal: UserError."""
+    """c with a checkpoint's settings. A given flag in free replaces one.  UserError if any other
+    given flag differs from it."""
     config = state["config"]
     for k, v in given.items():
         if k not in (*free, "resume", "out") and config.get(k, v) != v:
@@ -1258,7 +1261,7 @@ def lock(out):
             import fcntl
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(held.fileno()).st_nlink == 0:
-                raise BlockingIOError                                       # given back just now
+                raise BlockingIOError           # its owner has ended since, and deleted it
         except ImportError:                                                 # Windows has none
             pass
         except OSError:
@@ -1279,9 +1282,7 @@ def run_from(words):
     defaults = add_flags(p)
     given = p.given(words)
     c = settings(given, defaults)
-    middle = f"ads_{c.ads}" if c.ads else c.control
-    parts = [c.dataset, c.model, middle, c.method, f"seed{c.seed}"]
-    c.out = c.out or "runs/" + "-".join(part for part in parts if part)
+    c.out = c.out or folder_of(c)
     state = None
     if c.resume:
         c, state = resumed(c, given)
@@ -1292,7 +1293,7 @@ def run_from(words):
     data = load_data(c)                         # before anything is written
     with lock(Path(c.out)) if rank() == 0 else nullcontext():
         if rank() == 0 and state is None:
-            refuse_old_run(Path(c.out))         # of one that was faster
+            refuse_old_run(Path(c.out))         # another process may have begun one meanwhile
         try:
             train_model(c, data, state)
         except KeyboardInterrupt:
@@ -1357,7 +1358,7 @@ def main(argv=None):
             return laboratory(JOBS[job], job).main(["--help"] if helps else words) or 0
         run_from(words)
     except (UserError, FloatingPointError) as e:
-        return complain(e, alone=isinstance(e, FloatingPointError))         # other images do well
+        return complain(e, alone=isinstance(e, FloatingPointError))     # of this process's images
     except KeyboardInterrupt as e:
         say(f"\nstopped; {e}" if str(e) else "\nstopped", file=sys.stderr)
         return 130
@@ -1370,8 +1371,8 @@ def main(argv=None):
         if not lacks_memory(e):
             raise
         why = str(e).partition("\n")[0]
-        return complain(f"memory does not suffice ({why}); try a smaller --micro-batch, "
-                        "--batch-size or model", alone=True)
+        return complain(f"memory does not suffice ({why}); try a smaller model, --batch-size, or "
+                        "in training --micro-batch", alone=True)
     finally:
         # gloo would wait here for a peer that has left.
         if dist.is_initialized() and dist.get_backend() == "nccl":

@@ -45,8 +45,8 @@ class Part(NamedTuple):
 
 
 def watch(model, x, x_adv):
-    """[(what holds a block's sequence map and middle, {name of a module in it: Part})], "": itself,
-    for each layer, on clean and attacked images."""
+    """[(layer, parts)] on clean and attacked images: layer holds a sequence map and its middle,
+    parts is {name of a child: Part}, in which "" stands for the layer itself."""
     def record(tensors, module, args, out):
         tensors += [args[0], out]
     layers = [(layer, {}) for layer in model.modules() if hasattr(layer, "middle")]
@@ -95,7 +95,7 @@ def measure_fixed_map(ssm, part):
 
 
 def measure_scan(mamba, part):
-    """P3 of Mamba. part is the module that selects dt, B and C: its input is that of the scan."""
+    """P3 of Mamba. part belongs to the Linear that selects dt, B and C: its u is the scan's u."""
     u, u_adv = part.u, part.u_adv
     dt, A, B, C = mamba.parameters_of(u)
     dt_adv, _, B_adv, C_adv = mamba.parameters_of(u_adv)
@@ -298,10 +298,10 @@ def settings(words):
     given = {"test_size": 100} | p.given(words)
     c = train.settings(given, train.add_flags(train.Parser("")))
     state = None
-    middle = f"ads_{c.ads}" if c.ads else c.control
-    names = [c.dataset, c.model, middle, c.method, f"seed{c.seed}"]
-    stem = Path("runs") / "-".join(name for name in names if name) / "analysis"
-    if c.analyse is not True:
+    stem = Path(train.folder_of(c)) / "analysis"
+    if c.analyse is True:
+        c.method = "untrained"
+    else:
         state = train.read_checkpoint(c.analyse, "--analyse")
         c = train.checkpoint_settings(c, given, state, c.analyse, FREE)
         path = Path(c.analyse)

@@ -130,7 +130,10 @@ def dlr(z, y, target=None):
 # ---- APGD: gradient ascent that adapts its step --------------------------------------------------
 
 def checkpoints(steps):
-    """ceil(p_j steps), p_1 = .22, p_{j+1} = p_j + max(p_j - p_{j-1} - .03, .06).    APGD, Sec. 3"""
+    """ceil(p_j steps), p_0 = 0, p_1 = .22, p_{j+1} = p_j + max(p_j - p_{j-1} - .03, .06).
+
+    APGD, Sec. 3
+    """
     marks = []
     percent = gap = 22                                                      # whole numbers: exact
     while percent <= 100:
@@ -184,8 +187,8 @@ def apgd(model, x, y, eps, steps=100, loss="ce", target=None):
     best_point, best_grad, best_value = point.clone(), grad.clone(), value.clone()
     point_before = point
     alpha = torch.full_like(x[:, :1, :1, :1], 2 * eps)                      # (B, 1, 1, 1)
-    # At a checkpoint these tell: was alpha halved at the last one (mark)? How many steps since then
-    # raised the loss? Did the best loss improve?
+    # Since the last checkpoint, at step mark: was alpha halved there, how many steps raised the
+    # loss, did the best loss improve? Nothing can stall before the first, so halved begins as True.
     mark = 0
     halved = torch.ones_like(robust)
     rises = torch.zeros_like(y)

@@ -52,9 +52,7 @@ def on_gpu(c):
     return c.device.startswith("cuda")
 
 
-# --------------------------------------------------------------------------------------------------
-# The plain form, and what the others change
-# --------------------------------------------------------------------------------------------------
+# ---- The plain form, and what the others change --------------------------------------------------
 
 def plain_vandermonde(c, log_lam, L):
     """vandermonde of s4_adv and attention_adv: an exponential for each state and token."""
@@ -104,9 +102,7 @@ def forms_here(c):
     return [form for form in FORMS if form in wanted and here[form]]
 
 
-# --------------------------------------------------------------------------------------------------
-# What a work costs
-# --------------------------------------------------------------------------------------------------
+# ---- What a work costs ---------------------------------------------------------------------------
 
 def passes(c):
     """{work: its passes to the logits and back to the image, its gradients by the weights}."""
@@ -221,9 +217,7 @@ def timings(c, L, rate):
                "times_fast": median[c.clock] / medians.get((work, "fast"), math.nan)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 def settings(words):
     """The settings c of a command line.  UserError for what cannot be timed."""
@@ -269,7 +263,7 @@ def allocator():
 
 
 def main(words):
-    """--bench: the table, and bench.csv. Returns the exit code."""
+    """--bench: the table, and bench.csv."""
     c = settings(words)
     rows = []
     with train.lock(Path(c.out)):
@@ -296,4 +290,3 @@ def main(words):
                 train.say(line.format(**row))
                 rows.append({"model": c.model, "ads": c.ads, "batch": c.batch_size, **row})
         train.write_csv(Path(c.out) / "bench.csv", rows)
-    return 0

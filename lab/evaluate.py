@@ -46,7 +46,8 @@ def main(words):
     source = load_source(c) if c.transfer_from else None
     weights = digest(*state["model"].values())
     path = Path(c.evaluate)
-    stem = path / "last" if path.is_dir() else path.with_suffix("")
+    path = path / "last.pt" if path.is_dir() else path
+    stem = path.with_suffix("")
     asked = [name for name in MORE if getattr(c, name)]
     report = "evaluation" if c.attacks else "-".join(asked).replace("_", "-")
     file = stem.with_name(f"{stem.name}-{report}.json")
@@ -60,14 +61,13 @@ def main(words):
     if c.images:
         figures.draw_images(model, images[:8], labels[:8], c, stem)
     checked = checks.check_gradients(model, images, labels, c) if c.checks else []
-    again = [identity(row) for row in rows]
-    rows = [row for row in before["rows"] if identity(row) not in again] + rows
+    rows = list({identity(row): row for row in reversed(before["rows"] + rows)}.values())[::-1]
     if train.rank() == 0:
         if rows:
             columns = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
             train.write_csv(file.with_suffix(".csv"), columns)
         train.write(file, json.dumps({
-            "checkpoint": stem.name + ".pt", "epoch": state["epoch"], "weights": weights,
+            "checkpoint": path.name, "epoch": state["epoch"], "weights": weights,
             "rows": rows, "checks": checked or before["checks"], "config": vars(c),
             **train.machine(c)}, indent=1))
     kept.path.unlink(missing_ok=True)
@@ -301,8 +301,8 @@ def digest(*parts):
 
 
 def identity(row):
-    """What makes two rows the same measurement."""
-    return [row.get(key, "") for key in ("attack", "eps", "alpha", "n", "seed", "source")]
+    """What makes two rows the same measurement, of which the later one stays."""
+    return str([row.get(key, "") for key in ("attack", "eps", "alpha", "n", "seed", "source")])
 
 
 def read_report(file, weights):
@@ -354,7 +354,7 @@ class Kept:
         return right
 
     def __setitem__(self, key, right):
-        """A batch that was measured since it was asked for."""
+        """Keeps a batch that was measured since __contains__ asked for it."""
         seconds = time.monotonic() - self.asked
         self.batches[key] = right, seconds
         record = json.dumps({"key": key, "right": right.int().tolist(), "seconds": seconds})

@@ -5,12 +5,13 @@
     python train.py --plot runs/A-seed0 runs/A-seed1 runs/B-seed0 --attacks
     python train.py --plot a/analysis.json b/analysis.json --out analyses.png
 
-Also the figures of --evaluate and --analyse. All are black on white, so that they can be printed.
+Also the figures of --evaluate and --analyse. Black and grey, but for the images themselves.
 """
 import csv
 import io
 import json
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -100,7 +101,7 @@ def draw_lines(ax, lines, top):
 
 
 def apart(heights, gap):
-    """Sorted heights, moved as little as it takes for neighbours to be a gap apart."""
+    """Sorted heights, moved as little as keeps neighbours a gap apart (isotonic regression)."""
     blocks = []                                 # of neighbours that touch: heights less the gaps
     for k, height in enumerate(heights):
         blocks.append([height - k * gap])
@@ -123,7 +124,7 @@ def read_log(run):
     the one that chose Best.
     """
     file = Path(run) / "log.csv"
-    title = Path(run).resolve().name.encode(errors="replace").decode()  # of any bytes
+    title = Path(os.path.realpath(run)).name.encode(errors="replace").decode()      # of any bytes
     log = {"run": title, "lines": {}}
     try:
         rows = csv.DictReader(file.read_text().splitlines() if file.is_file() else [])
@@ -166,7 +167,7 @@ def draw_run(ax, log, top):
         percent = [100 * accuracy for accuracy in accuracies]
         lines[f"{SETS[name]}, {attack}"] = {"x": log["epoch"], "y": percent, "fmt": fmt}
     draw_lines(ax, lines, top)
-    # PGD-10 on the last set chooses, clean accuracy breaks a tie, the first of equals stays.
+    # As in train.keep_best.
     chooser, _ = list(log["lines"])[-1]
     scores = list(zip(log["lines"][chooser, "pgd-10"], log["lines"][chooser, "clean"]))
     best = scores.index(max(scores))
@@ -181,8 +182,7 @@ def draw_sweep(stem, what, rows):
     """A sweep's rows: accuracy in per cent, with its interval, against what ("eps", "steps")."""
     lines = {}
     for k, attack in enumerate(dict.fromkeys(row["attack"] for row in rows)):
-        line = [row for row in rows if row["attack"] == attack]
-        line.sort(key=lambda row: row[what])
+        line = sorted((r for r in rows if r["attack"] == attack), key=lambda row: row[what])
         bars = [[100 * abs(row[end] - row["accuracy"]) for row in line] for end in ("low", "high")]
         lines[attack] = {"x": [row[what] for row in line], "yerr": bars, "fmt": style(k),
                          "y": [100 * row["accuracy"] for row in line]}
@@ -237,7 +237,7 @@ def draw_changes(path, rows):
     """The paper's figure: by what each part multiplies the error, 1 + its change rate.
 
     rows  [{"on": "model images", "layer": int, "quantity": "part: distance", "value": rate}]
-    A panel for each distance; a marker for each model, filled on test images, large on training.
+    A panel for each distance; a model's marker is filled on test, large on training, x at "start".
     """
     panels = {}                                 # {distance: {"model images": factors and parts}}
     for row in rows:

@@ -5,6 +5,7 @@
     at_least = seconds(model, 1024, 11, 1, rates(1024))
 """
 import time
+import timeit
 from collections import Counter
 from functools import partial
 
@@ -59,12 +60,8 @@ def rates(L):
     tries = {"products": (1024 ** 3, partial(torch.mm, square, square)),
              "FFTs": (len(rows), partial(torch.fft.rfft, rows)),
              "scan": (len(h), partial(h.addcmul_, a, b))}
-
-    def cpu_seconds(job):
-        before = time.process_time()
-        job()
-        return time.process_time() - before
-    return {kind: n / min(cpu_seconds(job) for _ in range(50)) for kind, (n, job) in tries.items()}
+    return {kind: n / min(timeit.repeat(job, timer=time.process_time, number=1, repeat=50))
+            for kind, (n, job) in tries.items()}
 
 
 def seconds(model, L, g, w, rate):

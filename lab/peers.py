@@ -39,7 +39,7 @@ def mamba_peer(c, block):
 def attention_peer(c, block):
     """transformers' Mega block with the weights of an attention_adv.Block.
 
-    By default it is another function: ScaleNorm, in front of its layers, dropout, rotary bias.
+    Its defaults make it another function: ScaleNorm before the layers, dropout, rotary bias.
     """
     from transformers.models.deprecated.mega.configuration_mega import MegaConfig
     from transformers.models.deprecated.mega.modeling_mega import MegaBlock
@@ -77,8 +77,8 @@ def put_peers(c, model):
 
 
 def has_peer(c):
-    """Can a peer be timed? Its logits on 2 images of 50 tokens must be ours, in float64 but for
-    1e-6: each package cuts some numbers to float32. Says why not where PEERS has one."""
+    """Can a peer be timed? On 2 images of 50 tokens its logits must be ours to 1e-6 of the largest;
+    each package cuts some numbers to float32. Tells which package is missing, or differs."""
     if c.model not in PEERS or c.ads or c.control:
         return False
     package, _ = PEERS[c.model]

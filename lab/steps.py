@@ -2,8 +2,9 @@
 """How long must the steps of an attack be?
 
 A step of alpha sign(grad) moves every pixel by alpha. Short steps climb to the maximum next to
-their start. A first step of eps or more leaves it; steps that fall to 0 then settle elsewhere. So
-APGD begins, with 2 eps. A model may be robust to the short steps alone: results/README.md, (h).
+their start. A first step of eps or more leaves it; steps that fall to 0 then settle elsewhere.
+APGD therefore begins with 2 eps. A model may be robust to the short steps alone:
+results/README.md, (h).
 
 Papers     PGD   Madry et al. 2018, arXiv 1706.06083
            APGD  Croce & Hein 2020, arXiv 2003.01690, Sec. 3
@@ -39,7 +40,7 @@ def step_lengths(model, x, y, eps):
     cosine     of grad CE at x and at x + alpha sign grad CE, alpha = eps / 10 or eps / 3: the mean
                over images; 1 where the loss is linear
     loss       mean CE of the images after PGD; APGD-CE leaves an image as soon as it is broken, so
-               that its losses would not compare
+               that its losses say nothing
     accuracy   on the same points, and under APGD-CE (100 steps)
     """
     here = gradient(model, x, y)

@@ -69,7 +69,7 @@ def read_run(folder, flag="--table"):
         if not all(isinstance(name, str) for name in names):
             raise ValueError
         check([c.seed], -1e30, 1e30)
-        check([c.eps], 0, 1)
+        check([c.eps, c.alpha, *(vars(c).get("alphas") or [])], 0, 1)
         check([c.steps, c.d_model, c.epochs, run["n_train"], run["n_test"], run["parameters"],
                run["Best"]["epoch"]])
         for attack in c.attacks:

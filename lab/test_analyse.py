@@ -91,6 +91,9 @@ def test_a_checkpoint_is_measured_beside_its_initialisation(tmp_path, capsys):
     by_hand = float(model.double().blocks[0].ssm.kernel(4).detach().abs().sum(1).max())
     assert abs(trained[statement, "test", 1, gain] - by_hand) < 1e-10
     assert trained[statement, "test", 1, gain] != trained[statement, "start", 1, gain]
+    names = [{row["on"] for row in figures.read_analysis(tmp_path / file)}
+             for file in ("a/best-analysis.json", "b/analysis.json")]
+    assert names == [{f"{model} test", f"{model} train"} for model in ("PGD-AT", "untrained")]
     drawn = (tmp_path / "a" / "best-analysis.png").exists()
     assert drawn or "no figure: a figure needs matplotlib" in text
 

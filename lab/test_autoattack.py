@@ -299,7 +299,7 @@ def test_an_empty_batch_comes_back_without_a_question_to_the_model(attack):
 
 # ---- each attack's own ways ----------------------------------------------------------------------
 
-def test_apgd_never_ends_below_pgd_on_a_smooth_problem():
+def test_apgd_breaks_every_image_of_a_small_network_that_pgd_breaks():
     model, x = net(dtype=torch.float64), dotted(dtype=torch.float64)
     y = model(x).argmax(1)
     for eps in (0.03, 0.06):
@@ -456,7 +456,7 @@ def test_targets_are_the_other_classes_also_where_logits_are_equal():
         assert (z.gather(1, found).diff(dim=1) <= 0).all()
 
 
-def test_logits_times_100_hide_nothing_from_the_dlr_stages():
+def test_logits_times_1000_hide_nothing_from_the_targeted_dlr_stage():
     model, x = net(), dotted()
     y = model(x).argmax(1)
     loud = nn.Sequential(model, nn.Linear(5, 5, bias=False))
@@ -548,7 +548,6 @@ def test_the_five_lines_of_the_docstring_leave_the_worst_case(copied, monkeypatc
 def test_the_ensembles_are_those_of_the_paper_in_its_order():
     assert autoattack.ENSEMBLES["aa"] == ("apgd-ce", "apgd-t", "fab-t", "square")
     assert autoattack.ENSEMBLES["aa-fast"] == ("apgd-ce", "apgd-t")
-    assert {*autoattack.ENSEMBLES["aa"]} == {*autoattack.AUTO}
 
 
 # ---- against the published implementation, where one is installed --------------------------------

@@ -51,7 +51,6 @@ def test_the_vit_mixes_tokens_whose_order_only_the_positions_tell():
 def test_a_baseline_has_the_parameters_that_its_sizes_tell(kind, words, size):
     model = train.build(settings("--dataset", "mnist", "--model", kind, *words))
     assert sum(p.numel() for p in model.parameters()) == size
-    assert 16_000 <= size <= 40_000
 
 
 @pytest.mark.parametrize("method", train.METHODS)

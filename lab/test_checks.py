@@ -18,7 +18,7 @@ NAMES = ["forward deterministic and finite", "gradient not zero",
          "accuracy falls with eps", "accuracy falls with steps", "accuracy is 0 at eps 1",
          "cross-entropy and targeted DLR agree", "square not stronger than pgd-50x5",
          "smaller logits change nothing", "noise weaker than pgd-10"]
-MEASURES = "repetition_gap", "share_without_gradient", "slope_error", "share_left"
+MEASURES = "repetition_gap", "share_without_gradient", "share_off_slope", "share_left"
 
 
 def check_settings(**kw):

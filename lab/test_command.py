@@ -175,11 +175,18 @@ def test_help_states_every_flag_with_its_default_and_names_the_jobs(capsys):
 
 
 @pytest.mark.parametrize("job", train.JOBS)
-def test_help_beside_a_job_shows_that_job_s_flags(job, capsys):
+def test_help_beside_a_job_shows_that_job_s_flags(job, monkeypatch, capsys):
+    parsers = []
+    real = train.Parser.given
+    monkeypatch.setattr(train.Parser, "given",
+                        lambda parser, words: parsers.append(parser) or real(parser, words))
     with pytest.raises(SystemExit) as end:
         train.main([job, "--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and job in text and "--epochs" not in text
+    text = "".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "--epochs" not in text
+    for action in parsers[-1]._actions:
+        assert all(word in text for word in [*action.option_strings, *action.help.split()])
+    assert job in text and len(parsers[-1]._actions) > 1
 
 
 def test_without_lab_a_job_is_refused_and_training_is_not(tmp_path):

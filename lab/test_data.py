@@ -170,6 +170,7 @@ def test_without_a_decoder_tiny_imagenet_is_not_called_damaged(lacks, whole, mon
 def test_a_data_folder_below_home_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert settings("--data-dir", "~/x").data_dir == str(tmp_path / "x")
+    assert settings("--out=~/x").out == str(tmp_path / "x")
     seen = []
     monkeypatch.setattr(datasets, "MNIST", lambda root, **options: seen.append(root) or 1 / 0)
     monkeypatch.setattr(sys, "argv", ["s4_adv.py", "--data-dir=~/x"])

@@ -362,6 +362,20 @@ def test_without_attacks_only_what_is_asked_for_is_measured(trained):
     assert [r["attack"] for r in report(trained[0], "steps-sweep")["rows"]] == ["pgd-1"]
 
 
+def test_a_measurement_that_is_asked_for_twice_is_kept_once(trained):
+    assert evaluates(trained[0], "--attacks", "clean,fgsm", "--eps-sweep", "8/255") == 0
+    assert [row["attack"] for row in report(trained[0])["rows"]] == ["clean", "fgsm"]
+
+
+def test_a_report_names_the_checkpoint_as_its_file_is_called(trained, tmp_path):
+    for name in ("last.pt", "model.ckpt"):
+        (tmp_path / name).write_bytes(trained[0].read_bytes())
+    for path, name in ((tmp_path, "last"), (tmp_path / "model.ckpt", "model")):
+        assert train.main(["--evaluate", str(path), "--attacks", "clean", "--device", "cpu"]) == 0
+        found = json.loads((tmp_path / f"{name}-evaluation.json").read_text())["checkpoint"]
+        assert found == {"last": "last.pt", "model": "model.ckpt"}[name]
+
+
 def test_transfer_attacks_the_other_model_and_measures_this_one(trained, monkeypatch):
     attacked, calls = [], batches(monkeypatch)
 

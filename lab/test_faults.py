@@ -263,10 +263,13 @@ def test_finished_batches_are_not_written_through_a_link(run_folder, monkeypatch
 @pytest.mark.parametrize("words, message", [
     ("--method pgd --beta 6", "--beta has an effect with --method trades alone, and this is pgd"),
     ("--method standard --steps 3", "--steps has an effect with --method pgd or trades alone"),
+    ("--method standard --eps-warmup 2", "--eps-warmup has an effect with --method pgd or trades"),
     ("--method yopo --steps 3", "--steps has an effect with --method pgd or trades alone"),
     ("--method pgd --replays 2", "--replays has an effect with --method free alone"),
     ("--method free --yopo 5-3", "--yopo has an effect with --method yopo alone"),
     ("--model s4 --d-hidden 8", "--d-hidden has an effect with --model attention or vit alone"),
+    ("--alpha 0", "--alpha or --alphas 0: the attack would not move; give steps above 0"),
+    ("--alphas 0,0 --steps 2", "--alpha or --alphas 0: the attack would not move; give"),
     ("--method pgd --steps 0", "--steps 0: --method pgd would train on noise, not on an attack"),
     ("--method trades --steps 0", "use --method standard"),
     ("--bench --train-size 9", "unrecognized arguments: --train-size 9")])
@@ -432,7 +435,9 @@ def fault(words, run, capsys):
         return f"{type(e).__name__}: {e}"
     err = capsys.readouterr().err
     if code == 0:
-        return err or None
+        now = contents(run)
+        lost = [file for file in before if file.name == "best.pt" and now[file] != before[file]]
+        return err or ("best.pt was changed" if lost else None)
     if code != 2 or not err.startswith("train.py: ") or err.count("\n") != 1:
         return f"exit code {code}: {err}"
     if contents(run) != before:

@@ -367,9 +367,7 @@ def test_a_sweep_is_drawn_in_the_order_of_its_radii_with_its_interval(tmp_path, 
 
 BAD = {
     "--plot": "argument --plot: expected at least one argument",
-    "--plot EMPTY": "--plot EMPTY: there is no log.csv with a measured epoch",
     "--plot EMPTY --model s5": "unrecognized arguments: --model s5",
-    "--plot BROKEN": "--plot BROKEN: its log.csv is damaged; --resume writes it anew",
     "--plot BROKEN EMPTY/a.json": "--plot BROKEN: its log.csv is damaged",
     "--plot OTHER/config.json": "--plot OTHER/config.json: this is no analysis",
     "--plot OTHER/nowhere.json": "--plot OTHER/nowhere.json: this is no analysis",
@@ -391,6 +389,12 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_is_written(
     err = capsys.readouterr().err
     assert BAD[words] in err and err.startswith("train.py: ") and err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_that_leads_to_itself_is_no_run(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert plots(tmp_path / "loop", out=tmp_path / "a.png") == 2
+    assert "loop: there is no log.csv with a measured epoch" in capsys.readouterr().err
 
 
 def test_a_figure_that_cannot_be_written_is_said_in_one_sentence(trained, tmp_path, capsys):

@@ -18,11 +18,11 @@ from test_all import DATA, HERE
 FLOORS = [["ads"], ["s4_adv", "mamba_adv", "attention_adv"], ["train"]]
 
 # Lines at most. A file that outgrows its budget is split or shortened; a budget only falls.
-BUDGETS = {"README.md": 130, "ads.py": 95, "s4_adv.py": 705, "mamba_adv.py": 550,
+BUDGETS = {"README.md": 130, "ads.py": 95, "s4_adv.py": 699, "mamba_adv.py": 550,
            "attention_adv.py": 545, "train.py": 1395, "test_all.py": 1000,
-           "lab/autoattack.py": 380, "lab/evaluate.py": 366, "lab/checks.py": 153,
+           "lab/autoattack.py": 380, "lab/evaluate.py": 366, "lab/checks.py": 149,
            "lab/theory.py": 200, "lab/certificate.py": 105, "lab/analyse.py": 358,
-           "lab/bench.py": 300, "lab/peers.py": 100, "lab/figures.py": 267, "lab/tables.py": 224,
+           "lab/bench.py": 292, "lab/peers.py": 100, "lab/figures.py": 267, "lab/tables.py": 224,
            "lab/triton_scan.py": 135, "lab/baselines.py": 120,
            "lab/steps.py": 70, "lab/floor.py": 75,
            "lab/tiny_imagenet.py": 85,
@@ -30,7 +30,7 @@ BUDGETS = {"README.md": 130, "ads.py": 95, "s4_adv.py": 705, "mamba_adv.py": 550
 
 
 def imports(path):
-    """The modules that a file imports when it is imported: those inside functions wait."""
+    """The modules that a file imports, at its head or in a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,12 +40,15 @@ def imports(path):
     return found
 
 
-def test_scripts_import_ads_alone_train_the_scripts_and_lab_whatever_it_needs():
+def test_scripts_import_ads_alone_train_the_scripts_and_none_of_them_lab():
     below = set()
     for floor in FLOORS:
         for name in floor:
-            own = {m for m in imports(HERE / f"{name}.py") if (HERE / f"{m}.py").exists()}
+            found = imports(HERE / f"{name}.py")
+            own = {m for m in found if (HERE / f"{m}.py").exists()}
             assert own - {name} <= below, name
+            lab = {m for m in found if m.partition(".")[0] == "lab"}        # Mamba's, in a try
+            assert lab == ({"lab.triton_scan"} if name == "mamba_adv" else set()), name
         below |= set(floor)
 
 
@@ -57,8 +60,8 @@ def test_importing_train_loads_nothing_of_lab():
 
 
 def test_no_file_outgrows_its_budget():
-    budgets = BUDGETS | {str(f.relative_to(HERE)): 600 for f in (HERE / "lab").glob("test_*.py")}
-    for name, most in budgets.items():
+    others = {str(f.relative_to(HERE)): 600 for f in (HERE / "lab").glob("*.py")}
+    for name, most in (others | BUDGETS).items():
         if (HERE / name).exists():
             assert (n := len((HERE / name).read_text().splitlines())) <= most, (name, n)
 

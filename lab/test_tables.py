@@ -264,6 +264,9 @@ DAMAGES = {
     "no chooser": lambda r: r["config"].pop("select"),
     "no eps": lambda r: r["config"].update(eps=None),
     "eps in words": lambda r: r["config"].update(eps="8/255"),
+    "alpha in words": lambda r: r["config"].update(alpha="2/255"),
+    "a number for a list of steps": lambda r: r["config"].update(alphas=7),
+    "a word for a step": lambda r: r["config"].update(alphas=["x"]),
     "a list for a seed": lambda r: r["config"].update(seed=[1]),
     "a word for a seed": lambda r: r["config"].update(seed="1"),
     "a list for a method": lambda r: r["config"].update(method=[]),
@@ -327,7 +330,6 @@ def test_a_damaged_evaluation_is_said_to_be_so(evaluation, result, tmp_path, cap
 
 @pytest.mark.parametrize("words, message", [
     ("--table", "argument --table: expected at least one argument"),
-    ("--table EMPTY", "--table EMPTY: there is no result.json of a finished run"),
     ("--table EMPTY --seed 1", "unrecognized arguments: --seed 1"),
     ("--table nowhere", "--table nowhere: there is no result.json of a finished run"),
 ])

@@ -162,11 +162,12 @@ def local_gain(layer, u, outputs):
 def attention_error(P, V, P_adv, V_adv):
     """|P'V' - PV| <= max_s |V'_s - V_s| + TV(P', P) osc(V).                       Derived here, P4
 
-    P, V, P_adv, V_adv  (B, L, L), (B, L, V)  probabilities in rows and values, clean and attacked
+    P, P_adv  (B, L, L)  probabilities in rows, clean and attacked
+    V, V_adv  (B, L, d)  values
 
     P'V' - PV = P'(V' - V) + (P' - P)(V - m): P' - P has rows of sum 0, so any m per channel may go.
     With m in the middle of V's range the last is at most |P' - P|_1 / 2 = TV times the range, osc.
-    Returns |P'V' - PV| and its bound (B, L, V), TV (B, L, 1) <= 1, osc (B, 1, V).
+    Returns |P'V' - PV| and its bound (B, L, d), TV (B, L, 1) <= 1, osc (B, 1, d).
     """
     tv = (P_adv - P).abs().sum(-1, keepdim=True) / 2
     osc = V.amax(1, keepdim=True) - V.amin(1, keepdim=True)
