@@ -350,11 +350,8 @@ def build(c):
     channels, h, w = c.shape
     script = script_of(c.model)
     torch.manual_seed(seed_of(c.seed, "weights"))
-    if c.model == "cnn":
-        return script.Cnn(channels, c.classes, (h, w), c.d_model, c.n_layers).to(c.device)
-    if c.model == "vit":
-        return script.ViT(channels, c.classes, (h, w), c.d_model, c.n_layers, c.patch_size,
-                          c.d_hidden).to(c.device)
+    if c.model in BASELINES:
+        return script.build(c).to(c.device)
     sizes = dict(d_model=c.d_model, d_state=c.d_state, n_layers=c.n_layers, patch_size=c.patch_size)
     if script is s4_adv:
         sizes["ssm"] = c.model
@@ -1141,12 +1138,8 @@ def check(c):
         refuse("yopo", "give numbers from 1 on, as in 5-3")
     if c.ads and c.control:
         refuse("control", f"it stands in the place of --ads {c.ads}; give one of them")
-    if c.model in BASELINES and (c.ads or c.control):
-        refuse("model", "it has no sequence map, behind which --ads or --control could stand")
-    if c.model == "vit" and c.d_model % 4:
-        refuse("model", f"it has 4 heads; --d-model {c.d_model} must be divisible by 4")
-    if c.model == "cnn" and (h % 2 ** c.n_layers or w % 2 ** c.n_layers):
-        refuse("model", f"its {c.n_layers} --n-layers halve an image of {h} x {w} pixels too often")
+    if c.model in BASELINES:
+        script_of(c.model).check(c)
     if c.model in ("s4", "dss") and c.d_state % 2:
         refuse("d_state", f"{c.model} stores conjugate pairs; give an even number")
     if h % c.patch_size:

@@ -12,7 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s4_adv import accuracy, fgsm, pgd, pgd_at_loss, trades_loss     # noqa: F401, for train.py
+import train
+from s4_adv import fgsm, pgd, pgd_at_loss, trades_loss      # noqa: F401, train.py takes them here
+
+
+def build(c):
+    """The network that a run's settings describe."""
+    channels, h, w = c.shape
+    if c.model == "cnn":
+        return Cnn(channels, c.classes, (h, w), c.d_model, c.n_layers)
+    return ViT(channels, c.classes, (h, w), c.d_model, c.n_layers, c.patch_size, c.d_hidden)
+
+
+def check(c):
+    """UserError for settings that these networks have no place for."""
+    _, h, w = c.shape
+    if c.ads or c.control:
+        raise train.UserError(f"--model {c.model}: it has no sequence map, behind which --ads or "
+                              "--control could stand")
+    if c.model == "vit" and c.d_model % 4:
+        raise train.UserError(f"--model vit: it has 4 heads; --d-model {c.d_model} must be "
+                              "divisible by 4")
+    if c.model == "cnn" and (h % 2 ** c.n_layers or w % 2 ** c.n_layers):
+        raise train.UserError(f"--model cnn: its {c.n_layers} --n-layers halve an image of "
+                              f"{h} x {w} pixels too often")
 
 
 class Cnn(nn.Module):
