@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The tables of means in (a) to (e) of results/README.md are those of the runs in results/."""
+"""Further tables of results/README.md say what the runs and logs in results/ say."""
 import json
+import math
 import re
 
 import pytest
 
 import train
-from lab.test_findings import mean
+from lab.test_findings import CONSTANT, mean, outcomes, span
 from lab.test_house import findings
 from test_all import HERE
 
@@ -110,3 +111,115 @@ def test_a_row_of_learning_rates_is_that_of_its_runs(name):
     cells.append(f"{100 * best['Best']['clean']:.1f} / {100 * best['Best']['pgd-10']:.1f}")
     cells.append(cell(f"mnist-lr/{run}-lr1e-2"))
     assert f"| {name} | {' | '.join(cells)} | " in findings()
+
+
+# ---- Under AutoAttack ----------------------------------------------------------------------------
+
+# (c), seed by seed: model -> how its runs are called.
+SEEDS = {"S4": "s4", "S4 + AdS": "s4-ads", "S4 + MLP": "s4-mlp", "S4 + GELU": "s4-gelu",
+         "S4 + GLU": "s4-glu", "Mega": "attention", "Mamba": "mamba"}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_row_of_autoattack_seed_by_seed_is_that_of_its_runs(name):
+    ten = ("mnist-eps0.3-steps10",) if name in ("S4", "S4 + AdS", "S4 + MLP") else ()
+    mnist = outcomes((*CONSTANT, *ten), SEEDS[name])[2]
+    many = {3: "three", 6: "six"}[len(mnist)]
+    cifar10 = ", ".join(f"{left:.1f}" for left in outcomes(("cifar10-patch4",), SEEDS[name])[2])
+    row = f"| {name} | {span(mnist)}, {many} runs | {cifar10}"
+    seed, = re.findall(rf"^{re.escape(row)}(?: \(seed (\d)\))? \|$", findings(), re.M)
+    runs = (HERE / "results" / "cifar10-patch4").glob(f"{SEEDS[name]}-seed?/best-evaluation.json")
+    known = [path.parts[-2][-1] for path in runs if '"aa"' in path.read_text()]
+    assert known == [seed] if seed else len(known) == 3
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_last_cells_of_a_row_of_learning_rates_are_those_of_its_runs(name):
+    left, = outcomes(("mnist-lr",), f"{RATES[name]}-lr1e-2")[2]
+    high = cell(f"mnist-lr/{RATES[name]}-lr3e-2")
+    collapsed = means(f"mnist-lr/{RATES[name]}-lr3e-2", "Last")[0][0] < 15      # of ten classes
+    assert collapsed == (name != "S4 + MLP")
+    shown = {"S4": f"{high}, then the constant prediction", "S4 + MLP": high,
+             "S4 + AdS": "the constant prediction"}[name]
+    assert re.search(rf"^\| {re.escape(name)} \| .* \| {left:.1f} \| {shown} \|$", findings(), re.M)
+
+
+@pytest.mark.parametrize("name", ["S4", "S4 + AdS", "S4 + MLP"])
+def test_a_row_of_1024_tokens_is_that_of_its_run_and_log(name):
+    run = RATES[name]
+    log = (HERE / "results" / "evaluation" / f"cifar10-full-{run}-seed0-aa.txt").read_text()
+    left = dict(re.findall(r"^(?:aa: )?(\S+) +([\d.]+)0% .* 1,000", log, re.M))
+    cells = [cell(f"cifar10-full/{run}"),
+             *(left[stage] for stage in ("apgd-ce", "apgd-t", "fab-t", "square"))]
+    assert f"| {name} | {' | '.join(cells)} |" in findings()
+
+
+# ---- The argument, measured ----------------------------------------------------------------------
+
+def logged(log, quantity, column="test"):
+    """[layer 1, layer 2] of a quantity in a log of --analyse, to four digits."""
+    text = (HERE / "results" / "analysis" / f"{log}.txt").read_text()
+    values = re.search(rf"^  {re.escape(quantity)}  +(.*)$", text, re.M)[1].split()
+    first = {"start": 0, "test": 2}[column]
+    return [float(value) for value in values[first:first + 2]]
+
+
+def cells_of(name):
+    """The cells of the row that begins so, each as [number in words]."""
+    row, = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", findings(), re.M)
+    return [re.findall(r"\d[\d.]*", cell) for cell in row.split(" | ")]
+
+
+def rounds(cell, values):
+    """Each number of the cell is a value rounded to the digits shown; the log had cut it to four."""
+    for shown, value in zip(cell, values, strict=True):
+        last = -len(shown.partition(".")[2])                # places of the last digits, here, there
+        fourth = math.floor(math.log10(abs(value))) - 3
+        if abs(float(shown) - value) > (10.0 ** last + 10.0 ** fourth) / 2 + 1e-9:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name, quantity", [
+    ("gain: mean of the channels' norm of K, sum of abs(K_l)", "gain ||K||_1, mean of channels"),
+    ("the signal is multiplied by", "signal, rms y / rms u"),
+    ("relative error", "the same, relative to the signal")])
+def test_what_the_maps_of_s4_do_is_what_the_logs_say(name, quantity):
+    found = (logged("s4", quantity, "start"), logged("s4-standard", quantity),
+             logged("s4", quantity))
+    assert all(rounds(cell, values) for cell, values in zip(cells_of(name), found, strict=True))
+
+
+@pytest.mark.parametrize("name, quantity, factor", [
+    ("local gain, at most, where the layer selects", "local gain, it selects, max", 1),
+    ("local gain, at most, with the selection held", "local gain, selection held, max", 1),
+    ("the last one over its linear bound", "|e_L| / its linear bound", 100)])
+def test_what_the_scan_of_mamba_does_is_what_its_log_says(name, quantity, factor):
+    cell, = cells_of(name)
+    assert rounds(cell, [factor * value for value in logged("mamba", quantity)])
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_how_the_error_of_mamba_s_state_grows_is_what_its_log_says(layer):
+    cell, = cells_of(f"abs(e_t) at t = 1, 16, 32, 64, layer {layer}")
+    assert rounds(cell, [logged("mamba", f"|e_t|, t = {t}")[layer - 1] for t in (1, 16, 32, 64)])
+
+
+@pytest.mark.parametrize("name, quantity", [
+    ("share of s' dy, the error that passes", "share of s' dy"),
+    ("share of (s' - s) y, the scale's own change", "share of (s' - s) y"),
+    ("share of t' - t, the shift's own change", "share of t' - t"),
+    ("entries that ReLU removes exactly", "error removed exactly")])
+def test_what_ads_does_is_what_the_logs_say(name, quantity):
+    for cell, log in zip(cells_of(name), ADS_LOGS, strict=True):
+        assert rounds(cell, [100 * value for value in logged(log, quantity)])
+
+
+def test_by_what_ads_multiplies_the_relative_error_is_what_the_logs_say():
+    name = "mean square error over mean square, behind AdS over before it"
+    for cell, log in zip(cells_of(name), ADS_LOGS, strict=True):
+        assert rounds(cell, [1 + change for change in logged(log, "AdS: MSE / mean square")])
+
+
+# On CIFAR-10, then on MNIST; standard training, then adversarial training.
+ADS_LOGS = "s4-ads-standard", "s4-ads", "mnist-s4-ads-standard", "mnist-s4-ads"
