@@ -171,7 +171,7 @@ def cells_of(name):
 
 
 def rounds(cell, values):
-    """Each number of the cell is a value rounded to the digits shown; the log had cut it to four."""
+    """Each number of the cell is a value, rounded to the digits shown after the log's four."""
     for shown, value in zip(cell, values, strict=True):
         last = -len(shown.partition(".")[2])                # places of the last digits, here, there
         fourth = math.floor(math.log10(abs(value))) - 3
