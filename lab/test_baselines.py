@@ -86,10 +86,10 @@ def test_of_a_baseline_the_lengths_of_steps_alone_are_measured(tmp_path, capsys)
     assert not list((tmp_path / "run").glob("*.png"))
 
 
-def test_the_cnn_and_the_ssms_keep_on_cifar10_what_the_findings_say():
-    cnn, = outcomes(("cifar10-baselines",), "cnn")[2]
+def test_the_plain_networks_and_the_ssms_keep_on_cifar10_what_the_findings_say():
+    (cnn,), (vit,) = (outcomes(("cifar10-baselines",), run)[2] for run in ("cnn", "vit"))
     ssms = sum((outcomes(("cifar10-patch4",), run)[2] for run in ("s4*", "mamba", "attention")), [])
-    assert f"one seed keeps {cnn:.1f}, the SSMs {span(ssms)}." in prose()
+    assert f"one seed keeps {cnn:.1f}, a ViT's {vit:.1f}, the SSMs {span(ssms)}." in prose()
     glu = outcomes(("mnist-eps0.3-steps10",), "s4-glu")[2]
     assert "After PGD-10 of 0.04 GLU keeps {:.1f} and {:.1f},".format(*glu) in prose()
 
@@ -98,7 +98,8 @@ def test_the_cnn_and_the_ssms_keep_on_cifar10_what_the_findings_say():
 PLAIN = {"MNIST | CNN | equal": ("mnist-baselines", "cnn"),
          "MNIST | CNN | falling": ("mnist-step-falling", "cnn"),
          "MNIST | ViT | equal": ("mnist-baselines", "vit"),
-         "CIFAR-10 | CNN | equal": ("cifar10-baselines", "cnn")}
+         "CIFAR-10 | CNN | equal": ("cifar10-baselines", "cnn"),
+         "CIFAR-10 | ViT | equal": ("cifar10-baselines", "vit")}
 
 
 def plain_row(family, run):
