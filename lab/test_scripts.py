@@ -461,7 +461,7 @@ def test_a_compiled_model_is_attacked_alike_and_keeps_no_kernel(name):
                 w.grad = None
 
 
-def test_a_copy_made_within_frozen_is_made_anew_and_leaves_frozen_on_its_own(name):
+def test_a_copy_made_within_frozen_follows_its_own_weights(name):
     script, model, (x, _) = MODELS[name], tiny(name), images()
     with script.frozen(model):
         model(x)
