@@ -124,7 +124,8 @@ def test_the_tables_of_steps_are_those_of_the_runs():
 # (j) of the findings: a model -> its run on all of MNIST, and the folder and run with 5,000 images.
 ALL_OF_MNIST = {"S4": ("s4", "mnist-step-falling", "s4"),
                 "S4 + AdS": ("s4-ads", "mnist-step-falling", "s4-ads"),
-                "S4 + GLU with ReLU": ("s4-glu_relu", "mnist-step-falling", "s4-glu_relu")}
+                "S4 + GLU with ReLU": ("s4-glu_relu", "mnist-step-falling", "s4-glu_relu"),
+                "CNN": ("cnn", "mnist-step-falling", "cnn")}
 
 
 def all_of_mnist_row(name):
@@ -142,12 +143,14 @@ def all_of_mnist_row(name):
 def test_the_table_of_all_of_mnist_is_that_of_the_runs():
     for name in ALL_OF_MNIST:
         assert f"| {name} | {' | '.join(all_of_mnist_row(name))} |" in findings(), name
-    pure = differences("mnist-all/s4-seed0", "mnist-all/s4-ads-seed0")["s4 + AdS relu", "aa", 500]
-    row = differences("mnist-all/s4-ads-seed0", "mnist-all/s4-glu_relu-seed0")
-    row = row["s4 + glu-relu", "aa", 500]
-    lead, interval, p = row["difference"], row["95 % interval"], row["McNemar's p"]
+    rows = [differences(f"mnist-all/{first}-seed0", f"mnist-all/{second}-seed0")[name, "aa", 500]
+            for first, second, name in (("s4-ads", "s4-glu_relu", "s4 + glu-relu"),
+                                        ("s4", "s4-ads", "s4 + AdS relu"),
+                                        ("s4-glu_relu", "cnn", "cnn"))]
+    lead, interval, p = (rows[0][head] for head in ("difference", "95 % interval", "McNemar's p"))
+    ads, cnn = (f"{row['difference']} ({row['95 % interval']})" for row in rows[1:])
     assert (f"a GLU with a ReLU leads AdS by {lead} points ({interval}; p {p}), AdS the pure S4 by "
-            f"{pure['difference']} ({pure['95 % interval']}).") in prose()
+            f"{ads}. A CNN leads that GLU by {cnn}.") in prose()
     assert f"n = 500) {lead} more ({interval})." in (HERE / "README.md").read_text()
 
 
@@ -226,8 +229,9 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     assert f"{before} {after}" in text
     cnn = [steps["CNN"] - steps[relu] for steps in (falling, constant)]
     assert f"S4 + GLU with ReLU by {math.floor(cnn[0])} to {math.ceil(cnn[1])}." in prose()
+    all_images, = outcomes(("mnist-all",), "cnn")[2]
     assert (f"keeps {constant['CNN']:.0f} % under AutoAttack on MNIST, {falling['CNN']:.0f} after "
-            "falling steps;") in text
+            f"falling steps, {all_images:.0f} with all of MNIST;") in text
     mega = [steps["Mega"] - steps["S4"] for steps in (constant, falling)]
     assert "leaves it {:.0f} to {:.0f} points more than S4".format(*mega) in text
     said = f"by {mega[0]:.0f} under AutoAttack ({constant['Mega']}, {constant['S4']}; n = 200)."
