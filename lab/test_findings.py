@@ -121,39 +121,6 @@ def test_the_tables_of_steps_are_those_of_the_runs():
     assert found == {name: schedule_row(families) for name, families in SCHEDULES.items()}
 
 
-# (j) of the findings: a model -> its run on all of MNIST, and the folder and run with 5,000 images.
-ALL_OF_MNIST = {"S4": ("s4", "mnist-step-falling", "s4"),
-                "S4 + AdS": ("s4-ads", "mnist-step-falling", "s4-ads"),
-                "S4 + GLU with ReLU": ("s4-glu_relu", "mnist-step-falling", "s4-glu_relu"),
-                "CNN": ("cnn", "mnist-step-falling", "cnn")}
-
-
-def all_of_mnist_row(name):
-    """Clean / PGD-10 on 10,000 images; PGD-50x5 and AutoAttack on 500; on 200: all / 5,000."""
-    run, *before = ALL_OF_MNIST[name]
-    folder = HERE / "results" / "mnist-all" / f"{run}-seed0"
-    rows = json.loads((folder / "best-evaluation.json").read_text())["rows"]
-    rows = {row["attack"]: row for row in rows if row["n"] == 500}
-    left = [f"{100 * rows[attack]['accuracy']:.1f}" for attack in ("pgd-50x5", "aa")]
-    (clean,), (robust,), _ = outcomes(("mnist-all",), run)
-    first = 100 * mean(evaluate.survivors_of(rows["aa"])[:200])
-    return [f"{clean:.1f} / {robust:.1f}", *left, f"{first:.1f} / {cell_of(*before, 'aa')}"]
-
-
-def test_the_table_of_all_of_mnist_is_that_of_the_runs():
-    for name in ALL_OF_MNIST:
-        assert f"| {name} | {' | '.join(all_of_mnist_row(name))} |" in findings(), name
-    rows = [differences(f"mnist-all/{first}-seed0", f"mnist-all/{second}-seed0")[name, "aa", 500]
-            for first, second, name in (("s4-ads", "s4-glu_relu", "s4 + glu-relu"),
-                                        ("s4", "s4-ads", "s4 + AdS relu"),
-                                        ("s4-glu_relu", "cnn", "cnn"))]
-    lead, interval, p = (rows[0][head] for head in ("difference", "95 % interval", "McNemar's p"))
-    ads, cnn = (f"{row['difference']} ({row['95 % interval']})" for row in rows[1:])
-    assert (f"a GLU with a ReLU leads AdS by {lead} points ({interval}; p {p}), AdS the pure S4 by "
-            f"{ads}. A CNN leads that GLU by {cnn}.") in prose()
-    assert f"n = 500) {lead} more ({interval})." in (HERE / "README.md").read_text()
-
-
 def span(accuracies):
     """'66.0 to 74.5'."""
     return f"{min(accuracies):.1f} to {max(accuracies):.1f}"
