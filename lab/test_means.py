@@ -159,6 +159,7 @@ def test_a_row_of_1024_tokens_is_that_of_its_run_and_log(name):
 ALL_OF_MNIST = {"S4": ("s4", "mnist-step-falling", "s4"),
                 "S4 + AdS": ("s4-ads", "mnist-step-falling", "s4-ads"),
                 "S4 + GLU with ReLU": ("s4-glu_relu", "mnist-step-falling", "s4-glu_relu"),
+                "Mega": ("attention", "mnist-step-falling", "attention"),
                 "CNN": ("cnn", "mnist-step-falling", "cnn")}
 
 
@@ -177,15 +178,41 @@ def all_of_mnist_row(name):
 def test_the_table_of_all_of_mnist_is_that_of_the_runs():
     for name in ALL_OF_MNIST:
         assert f"| {name} | {' | '.join(all_of_mnist_row(name))} |" in findings(), name
-    rows = [differences(f"mnist-all/{first}-seed0", f"mnist-all/{second}-seed0")[name, "aa", 500]
-            for first, second, name in (("s4-ads", "s4-glu_relu", "s4 + glu-relu"),
-                                        ("s4", "s4-ads", "s4 + AdS relu"),
-                                        ("s4-glu_relu", "cnn", "cnn"))]
-    lead, interval, p = (rows[0][head] for head in ("difference", "95 % interval", "McNemar's p"))
-    ads, cnn = (f"{row['difference']} ({row['95 % interval']})" for row in rows[1:])
-    assert (f"a GLU with a ReLU leads AdS by {lead} points ({interval}; p {p}), AdS the pure S4 by "
-            f"{ads}. A CNN leads that GLU by {cnn}.") in prose()
-    assert f"n = 500) {lead} more ({interval})." in (HERE / "README.md").read_text()
+
+
+def lead(run, over, name):
+    """Under AutoAttack on the same 500 images: the row of --table."""
+    return differences(f"mnist-all/{over}-seed0", f"mnist-all/{run}-seed0")[name, "aa", 500]
+
+
+def test_the_leads_with_all_of_mnist_are_those_that_the_table_prints():
+    mega, glu, ads, cnn, behind = (lead(*runs) for runs in (
+        ("attention", "s4-ads", "attention"), ("s4-glu_relu", "s4-ads", "s4 + glu-relu"),
+        ("s4-ads", "s4", "s4 + AdS relu"), ("cnn", "s4-glu_relu", "cnn"),
+        ("attention", "s4-glu_relu", "attention")))
+
+    def said(row, p=""):
+        return f"{row['difference']} ({row['95 % interval']}{p})"
+    assert (f"leads AdS by {mega['difference']} points ({mega['95 % interval']}; p "
+            f"""{mega["McNemar's p"]}). A GLU with a ReLU leads AdS by """
+            f"""{said(glu, "; p " + glu["McNemar's p"])}, AdS the pure S4 by {said(ads)}, """
+            f"a CNN that GLU by {said(cnn)}.") in prose()
+    less = behind["difference"].lstrip("-")
+    assert f"Mega keeps {less} less ({behind['95 % interval']})." in prose()
+    readme = " ".join((HERE / "README.md").read_text().split())
+    assert f"n = 500) {glu['difference']} more ({glu['95 % interval']})." in readme
+
+
+def test_how_far_models_lead_the_pure_s4_with_all_of_mnist_is_what_their_runs_say():
+    left = {run: outcomes(("mnist-all",), run)[2][0]
+            for run in ("s4", "s4-ads", "s4-glu_relu", "attention")}
+    ads, glu, mega = (f"{left[run] - left['s4']:.0f}" for run in list(left)[1:])
+    readme = " ".join((HERE / "README.md").read_text().split())
+    assert f"(1 seed) AdS is {ads} ahead, GLU with ReLU {glu}, Mega {mega}." in readme
+    more = f"{left['attention'] - left['s4-ads']:.0f} more than S4 + AdS |"
+    assert f"with all images (1 seed) {mega} more than S4, {more}" in readme
+    assert f"by {mega} ({left['attention']:.1f}, {left['s4']:.1f}; n = 500, one seed)" in prose()
+    assert f"Mega keeps {left['attention']:.1f} % of 500 images." in prose()
 
 
 # ---- The argument, measured ----------------------------------------------------------------------
