@@ -159,6 +159,7 @@ def test_a_row_of_1024_tokens_is_that_of_its_run_and_log(name):
 ALL_OF_MNIST = {"S4": ("s4", "mnist-step-falling", "s4"),
                 "S4 + AdS": ("s4-ads", "mnist-step-falling", "s4-ads"),
                 "S4 + GLU with ReLU": ("s4-glu_relu", "mnist-step-falling", "s4-glu_relu"),
+                "S4 + GLU, equal steps": ("s4-glu-constant", "mnist-step-constant", "s4-glu"),
                 "Mega": ("attention", "mnist-step-falling", "attention"),
                 "CNN": ("cnn", "mnist-step-falling", "cnn")}
 
@@ -213,6 +214,15 @@ def test_how_far_models_lead_the_pure_s4_with_all_of_mnist_is_what_their_runs_sa
     assert f"with all images (1 seed) {mega} more than S4, {more}" in readme
     assert f"by {mega} ({left['attention']:.1f}, {left['s4']:.1f}; n = 500, one seed)" in prose()
     assert f"Mega keeps {left['attention']:.1f} % of 500 images." in prose()
+
+
+def test_what_equal_steps_make_of_a_glu_with_all_of_mnist_is_what_its_run_says():
+    (ten,), (auto,) = outcomes(("mnist-all",), "s4-glu-constant")[1:]
+    (best, _), (last, _) = (means("mnist-all/s4-glu-constant", row)[0] for row in ("Best", "Last"))
+    readme = " ".join((HERE / "README.md").read_text().split())
+    assert f"GLU keeps {ten:.1f} % under PGD-10, {auto:.1f} under AutoAttack." in readme
+    assert (f"keeps {ten:.1f} % under PGD-10 and {auto:.1f} under AutoAttack, and gets worse late: "
+            f"clean it keeps {best:.1f} at Best (epoch 7), {last:.1f} at Last.") in prose()
 
 
 # ---- The argument, measured ----------------------------------------------------------------------
