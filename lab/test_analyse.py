@@ -349,7 +349,7 @@ def test_the_forms_of_gelu_differ_from_it_where_their_script_says():
 
 # ---- What the findings say of its logs -----------------------------------------------------------
 
-def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
+def test_what_short_attacks_leave_after_free_at_is_what_its_log_says(results):
     log = (HERE / "results" / "analysis" / "s4-ads-free.txt").read_text()
     left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
     said = (f"PGD-50 of eps/3 leaves {left['PGD-50 of eps/3']} %, falling from eps/10 "
@@ -358,7 +358,7 @@ def test_what_short_attacks_leave_after_free_at_is_what_its_log_says():
     assert said in prose()
 
 
-def test_what_short_attacks_leave_after_yopo_is_what_its_log_says():
+def test_what_short_attacks_leave_after_yopo_is_what_its_log_says(results):
     log = (HERE / "results" / "analysis" / "s4-ads-yopo.txt").read_text()
     left = dict(re.findall(r"accuracy, (.*?) +0\.(\d\d)$", log, re.M))
     auto, = re.findall(r"^aa +([\d.]+)0% .* 200 ", log, re.M)
@@ -405,7 +405,7 @@ def test_the_epochs_of_glu_in_the_findings_are_those_of_the_logs():
             f"{min(falling):.0f} to {max(falling):.0f} %:") in prose()
 
 
-def test_what_the_epoch_chosen_by_a_long_attack_keeps_is_what_its_log_says():
+def test_what_the_epoch_chosen_by_a_long_attack_keeps_is_what_its_log_says(results):
     log = (HERE / "results" / "analysis" / "epochs-glu-constant.txt").read_text()
     left = re.findall(r"^aa +([\d.]+)0% ", log, re.M)
     said = f"AutoAttack leaves epoch 12 {left[0]} % (n = 200), PGD-10's choice {left[1]} ("

@@ -86,7 +86,7 @@ def test_of_a_baseline_the_lengths_of_steps_alone_are_measured(tmp_path, capsys)
     assert not list((tmp_path / "run").glob("*.png"))
 
 
-def test_the_plain_networks_and_the_ssms_keep_on_cifar10_what_the_findings_say():
+def test_the_plain_networks_and_the_ssms_keep_on_cifar10_what_the_findings_say(results):
     (cnn,), (vit,) = (outcomes(("cifar10-baselines",), run)[2] for run in ("cnn", "vit"))
     ssms = sum((outcomes(("cifar10-patch4",), run)[2] for run in ("s4*", "mamba", "attention")), [])
     assert f"one seed keeps {cnn:.1f}, a ViT's {vit:.1f}, the SSMs {span(ssms)}." in prose()
@@ -110,6 +110,6 @@ def plain_row(family, run):
             ", ".join(f"{accuracy:.1f}" for accuracy in auto)]
 
 
-def test_the_table_of_plain_networks_is_that_of_the_runs():
+def test_the_table_of_plain_networks_is_that_of_the_runs(results):
     for name, (family, run) in PLAIN.items():
         assert f"| {name} | {' | '.join(plain_row(family, run))} |" in findings(), name

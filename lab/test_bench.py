@@ -457,7 +457,8 @@ def test_bench_runs_3_times_at_the_length_of_the_data_set_in_a_folder_of_its_own
 BAD = {
     "--bench 0": "--bench 0: it must be at least 1",
     "--bench x": "argument --bench: invalid int value: 'x'",
-    "--bench --lengths 64,x": "64,x is no list of whole numbers; write it as 1,5,10",
+    "--bench --lengths 64,x": "64,x is no list of whole numbers below 10^6; write it",
+    "--bench --lengths 2000000000": "2000000000 is no list of whole numbers below 10^6; write it",
     "--bench --lengths 0": "--lengths [0]: each must be at least 1",
     "--bench --micro-batch 2": "unrecognized arguments: --micro-batch",
     "--bench --resume": "unrecognized arguments: --resume",

@@ -13,6 +13,9 @@ from lab.test_house import findings
 from test_all import HERE
 
 
+pytestmark = pytest.mark.usefixtures("results")
+
+
 def means(run, row="Best"):
     """(clean, PGD-10) of results/RUN-seedN, mean over seeds, in per cent; and how many seeds."""
     rows = [json.loads((folder / "result.json").read_text())[row]
@@ -64,6 +67,13 @@ def test_a_row_of_gains_over_s4_is_that_of_its_runs(name):
     assert f"| {name} | {seeds} | {' | '.join(cells)} |" in findings()
 
 
+def test_by_how_much_the_mlp_gains_less_or_more_than_ads_is_what_their_runs_say():
+    less, more = (means(f"{folder}/s4-ads")[0][1] - means(f"{folder}/s4-mlp")[0][1]
+                  for folder in ("mnist-eps0.1", "mnist-eps0.3"))
+    said = "it gains {:.0f} points less at eps 0.1, {:.0f} more at eps 0.3 after 16 epochs."
+    assert said.format(less, -more) in prose()
+
+
 # (d), (e): the first cells of a row -> the run.
 PARTS = {"AdS, ReLU": "mnist-eps0.3/s4-ads", "its scale alone": "mnist-methods/s4-scale",
          "its shift alone": "mnist-methods/s4-shift", "AdS, tanh": "mnist-methods/s4-tanh",
@@ -100,7 +110,7 @@ def test_a_row_of_best_last_and_diff_is_that_of_its_runs(name):
                      findings(), re.M)
 
 
-# (c), learning rates: model -> what follows its name in its runs'.
+# (c), learning rates and 1,024 tokens: model -> how its runs are called.
 RATES = {"S4": "s4", "S4 + AdS": "s4-ads", "S4 + MLP": "s4-mlp"}
 
 
@@ -145,7 +155,7 @@ def test_the_last_cells_of_a_row_of_learning_rates_are_those_of_its_runs(name):
     assert re.search(rf"^\| {re.escape(name)} \| .* \| {left:.1f} \| {shown} \|$", findings(), re.M)
 
 
-@pytest.mark.parametrize("name", ["S4", "S4 + AdS", "S4 + MLP"])
+@pytest.mark.parametrize("name", RATES)
 def test_a_row_of_1024_tokens_is_that_of_its_run_and_log(name):
     run = RATES[name]
     log = (HERE / "results" / "evaluation" / f"cifar10-full-{run}-seed0-aa.txt").read_text()
@@ -238,12 +248,12 @@ def logged(log, quantity, column="test"):
 def cells_of(name):
     """The cells of the row that begins so, each as [number in words]."""
     row, = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", findings(), re.M)
-    return [re.findall(r"\d[\d.]*", cell) for cell in row.split(" | ")]
+    return [re.findall(r"\d[\d.]*", text) for text in row.split(" | ")]
 
 
-def rounds(cell, values):
-    """Each number of the cell is a value, rounded to the digits shown after the log's four."""
-    for shown, value in zip(cell, values, strict=True):
+def rounds(numbers, values):
+    """Each number of a cell is a value, rounded to the digits shown after the log's four."""
+    for shown, value in zip(numbers, values, strict=True):
         last = -len(shown.partition(".")[2])                # places of the last digits, here, there
         fourth = math.floor(math.log10(abs(value))) - 3
         if abs(float(shown) - value) > (10.0 ** last + 10.0 ** fourth) / 2 + 1e-9:
@@ -258,7 +268,7 @@ def rounds(cell, values):
 def test_what_the_maps_of_s4_do_is_what_the_logs_say(name, quantity):
     found = (logged("s4", quantity, "start"), logged("s4-standard", quantity),
              logged("s4", quantity))
-    assert all(rounds(cell, values) for cell, values in zip(cells_of(name), found, strict=True))
+    assert all(map(rounds, cells_of(name), found)) and len(cells_of(name)) == 3
 
 
 @pytest.mark.parametrize("name, quantity, factor", [
@@ -266,14 +276,26 @@ def test_what_the_maps_of_s4_do_is_what_the_logs_say(name, quantity):
     ("local gain, at most, with the selection held", "local gain, selection held, max", 1),
     ("the last one over its linear bound", "|e_L| / its linear bound", 100)])
 def test_what_the_scan_of_mamba_does_is_what_its_log_says(name, quantity, factor):
-    cell, = cells_of(name)
-    assert rounds(cell, [factor * value for value in logged("mamba", quantity)])
+    numbers, = cells_of(name)
+    assert rounds(numbers, [factor * value for value in logged("mamba", quantity)])
+
+
+def test_the_local_gains_of_mamba_in_the_readme_are_those_of_its_log():
+    gains = [logged("mamba", f"local gain, {what}, max")[0] for what in
+             ("it selects", "selection held")]
+    said = "the local gain in layer 1 is {:.0f} with selection, {:.1f} without (1 seed)"
+    assert said.format(*gains) in (HERE / "README.md").read_text()
 
 
 @pytest.mark.parametrize("layer", [1, 2])
 def test_how_the_error_of_mamba_s_state_grows_is_what_its_log_says(layer):
-    cell, = cells_of(f"abs(e_t) at t = 1, 16, 32, 64, layer {layer}")
-    assert rounds(cell, [logged("mamba", f"|e_t|, t = {t}")[layer - 1] for t in (1, 16, 32, 64)])
+    numbers, = cells_of(f"abs(e_t) at t = 1, 16, 32, 64, layer {layer}")
+    found = [logged("mamba", f"|e_t|, t = {t}")[layer - 1] for t in (1, 16, 32, 64)]
+    assert rounds(numbers, found)
+
+
+# On CIFAR-10, then on MNIST; standard training, then adversarial training.
+ADS_LOGS = "s4-ads-standard", "s4-ads", "mnist-s4-ads-standard", "mnist-s4-ads"
 
 
 @pytest.mark.parametrize("name, quantity", [
@@ -282,15 +304,11 @@ def test_how_the_error_of_mamba_s_state_grows_is_what_its_log_says(layer):
     ("share of t' - t, the shift's own change", "share of t' - t"),
     ("entries that ReLU removes exactly", "error removed exactly")])
 def test_what_ads_does_is_what_the_logs_say(name, quantity):
-    for cell, log in zip(cells_of(name), ADS_LOGS, strict=True):
-        assert rounds(cell, [100 * value for value in logged(log, quantity)])
+    for numbers, log in zip(cells_of(name), ADS_LOGS, strict=True):
+        assert rounds(numbers, [100 * value for value in logged(log, quantity)])
 
 
 def test_by_what_ads_multiplies_the_relative_error_is_what_the_logs_say():
     name = "mean square error over mean square, behind AdS over before it"
-    for cell, log in zip(cells_of(name), ADS_LOGS, strict=True):
-        assert rounds(cell, [1 + change for change in logged(log, "AdS: MSE / mean square")])
-
-
-# On CIFAR-10, then on MNIST; standard training, then adversarial training.
-ADS_LOGS = "s4-ads-standard", "s4-ads", "mnist-s4-ads-standard", "mnist-s4-ads"
+    for numbers, log in zip(cells_of(name), ADS_LOGS, strict=True):
+        assert rounds(numbers, [1 + change for change in logged(log, "AdS: MSE / mean square")])
