@@ -95,7 +95,7 @@ def test_a_number_beyond_what_a_tensor_can_count_is_refused(words, number, capsy
 def test_a_sweep_of_too_many_steps_is_refused_by_its_own_name(number, tmp_path, capsys):
     assert trains(tmp_path / "run", *TINY) == 0
     message = refused(["--evaluate", tmp_path / "run", "--steps-sweep", f"1,{number}"], capsys)
-    assert f"--steps-sweep {number}: an attack has fewer than 10^6 steps" in message
+    assert f"--steps-sweep: 1,{number} is no list of whole numbers below 10^6; write" in message
 
 
 # ---- Messages ------------------------------------------------------------------------------------
