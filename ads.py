@@ -4,13 +4,13 @@
     y ── AdS ──> s(y) * y + t(y),    s(y) = act(W1 y + b1),  t(y) = act(W2 y + b2)
 
     from ads import AdaptiveScaling
-    block = nn.Sequential(S4(128, 64), AdaptiveScaling(128), nn.Linear(128, 128))
+    scaled = AdaptiveScaling(128)(y)                # y (..., 128) -> (..., 128)
 
 Paper: Qi et al., Exploring Adversarial Robustness of Deep State Space Models, NeurIPS 2024
 (arXiv 2406.05532): in S4 and DSS AdS stands between the sequence map and the output Linear of each
-block; in S5, Mamba and Mega it is ours. A pure SSM block is linear there, so AdS also is the
-block's first non-linearity, and it more than doubles the parameters of an S4 model. `middle` offers
-controls that separate these effects, and each half of AdS alone.
+block; in S5, Mamba and Mega it is ours. Without AdS a block of S4 or DSS is linear. So AdS also is
+the block's first non-linearity, and with 128 channels it more than doubles the model's parameters.
+`middle` offers controls that separate these effects, and each half of AdS alone.
 
 Glossary   y  (..., d_model)  output of a sequence map        d  d_model, the number of channels
            s  (..., d_model)  scale, one number per token and channel
@@ -56,7 +56,7 @@ class AdaptiveScaling(nn.Module):
     def forward(self, y):
         y = y.contiguous()                                                  # read by three products
         s, t = self.scale_and_shift(y)
-        return torch.addcmul(t, s, y)                                       # s * y + t
+        return s * y + t
 
 
 def middle(d_model, ads=None, control=None):

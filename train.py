@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Train one model of the three scripts, from images to the paper's row.
 
-    python train.py --model s4 --ads --dataset synthetic             # half a minute of a laptop
+    python train.py --model s4 --ads --dataset synthetic             # half a minute on a laptop
     python train.py --model s4 --ads --dataset cifar10               # the paper's protocol
     python train.py --resume runs/NAME                               # goes on after a cut
     torchrun --nproc-per-node 4 train.py --model s4 --ads            # the same on four GPUs
@@ -14,7 +14,7 @@ Papers     AdS     Qi et al. 2024, arXiv 2406.05532         PGD   Madry et al. 2
            FreeAT  Shafahi et al. 2019, arXiv 1904.12843
 Glossary   x (B, C, h, w) images in [0, 1], y (B,) labels, c the run's settings (a flat namespace),
            eps radius and alpha step, pixel units (8/255, not 8), rank and world: torchrun's
-Chance     Every random number of a run is a function of --seed and the place it is used at
+Chance     Every random number of a run is a function of --seed and the place where it is used
            (`seed_of`), not of what came before. So a run that was cut goes on exactly, and no
            random state is saved. The synthetic images are always the same.
 Not here   the models and PGD (the scripts); what asks questions of a trained model (lab/).
@@ -47,7 +47,8 @@ import attention_adv
 import mamba_adv
 import s4_adv
 from ads import ACTIVATIONS, CONTROLS
-from s4_adv import ascend, frozen, tell_zero_gradients
+from s4_adv import (ascend, fgsm, frozen, param_groups, pgd, pgd_at_loss, tell_zero_gradients,
+                    trades_loss)                # the shared text: each script has the same
 
 SCRIPTS = {"s4": s4_adv, "dss": s4_adv, "s5": s4_adv, "mamba": mamba_adv,
            "attention": attention_adv}
@@ -100,11 +101,6 @@ def laboratory(name, asked):
                         "there, or leave that out") from None
 
 
-def script_of(model):
-    """The module that holds a model and its attacks."""
-    return laboratory("baselines", f"--model {model}") if model in BASELINES else SCRIPTS[model]
-
-
 # --------------------------------------------------------------------------------------------------
 # Data: uint8 tensors (n, C, h, w) on the device, labels (n,)
 # --------------------------------------------------------------------------------------------------
@@ -115,8 +111,8 @@ def load_data(c):
     val is the last HELD_OUT training images, train the first c.train_size of those before them,
     test the first c.test_size test images.  UserError where data are missing, or too few.
     """
-    # The first process of a machine goes first: it may download. It waits here for the others,
-    # which have all looked at --out by then, since it writes there next.
+    # The first process of a machine loads first, since it may download. At the second barrier all
+    # have looked at --out, to which the first process writes next.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -162,26 +158,21 @@ def torchvision_data(name, root):
     kind = {"mnist": MNIST, "cifar10": CIFAR10}[name]
     folder = Path(root) / {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[name]
     archives = {"mnist": "MNIST/raw/*.gz", "cifar10": "cifar-10-python.tar.gz"}[name]
-    n_train = {"mnist": 60_000, "cifar10": 50_000}[name]
     absent = not folder.exists()
     tensors = []
     try:
         unpack = absent or any(Path(root).glob(archives))
         for first in (True, False):
             data = kind(root, train=first, download=unpack)
-            tensors += [torch.as_tensor(data.data), torch.as_tensor(data.targets)]
-        if [len(v) for v in tensors] != [n_train, n_train, 10_000, 10_000]:
-            raise ValueError("another number of images")
+            x = torch.as_tensor(data.data)                                  # (n, h, w[, C])
+            x = x.view(*x.shape[:3], -1).movedim(3, 1).contiguous()         # (n, C, h, w)
+            tensors += [x, torch.as_tensor(data.targets)]
     except Exception as e:                      # whatever a damaged file or a network does
         what = "is not there, and could not be downloaded" if absent else "is incomplete or damaged"
         raise UserError(f"--data-dir {root}: {folder.name} {what} "
                         f"({str(e).partition(chr(10))[0]}); put torchvision's files there, delete "
                         "that folder to download them, or use --dataset synthetic") from e
-    x, y, x_test, y_test = tensors
-    if name == "mnist":                                                     # (n, h, w)
-        return x[:, None], y, x_test[:, None], y_test
-    # from (n, h, w, C)
-    return x.movedim(3, 1).contiguous(), y, x_test.movedim(3, 1).contiguous(), y_test
+    return tensors
 
 
 def drawn_digits(n, seed, size=28):
@@ -241,22 +232,22 @@ def backward(run, x, y, eps, alpha):
     """
     c, model = run.c, run.model
     if c.method == "free":
-        noise = run.noise[rank()::world()][:len(x)]     # this process's images, as train_epoch cuts
+        # This process's slots, as train_epoch cuts x. A view: run.noise itself is changed.
+        noise = run.noise[rank()::world()][:len(x)]
         return free_backward(model, x, y, noise, eps)
     if c.method == "yopo":
         passes, inner = c.yopo
         return yopo_backward(model, x, y, eps, alpha, passes, inner)
-    script = script_of(c.model)
     total_loss = 0.0
     n = c.micro_batch or len(x)
     for x_n, y_n in zip(x.split(n), y.split(n)):
         if c.method == "standard":
             loss = F.cross_entropy(model(x_n), y_n)
         elif c.method == "pgd":
-            loss = script.pgd_at_loss(model, x_n, y_n, eps, alpha, c.steps)
+            loss = pgd_at_loss(model, x_n, y_n, eps, alpha, c.steps)
         else:
-            loss = script.trades_loss(model, x_n, y_n, eps, alpha, c.steps, c.beta)
-        loss = loss * (len(x_n) / len(x))                                   # the same mean
+            loss = trades_loss(model, x_n, y_n, eps, alpha, c.steps, c.beta)
+        loss = loss * (len(x_n) / len(x))       # the parts add up to the mean of the batch
         loss.backward()
         total_loss += loss.detach()
     return total_loss
@@ -317,12 +308,12 @@ class Run:
         self.n = n                              # training images
         self.batches = math.ceil(n / c.batch_size)              # of an epoch
         self.model = build(c)
-        self.optimizer = torch.optim.AdamW(s4_adv.param_groups(self.model, c.weight_decay), lr=c.lr)
+        self.size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.optimizer = torch.optim.AdamW(param_groups(self.model, c.weight_decay), lr=c.lr)
         self.replays = c.replays if c.method == "free" else 1   # optimiser steps on a batch
         self.epochs = math.ceil(c.epochs / self.replays)        # FreeAT: divided by its replays
         # FreeAT's perturbation, one slot for each image of a batch
-        dtype = next(self.model.parameters()).dtype
-        self.noise = (torch.zeros(c.batch_size, *c.shape, device=c.device, dtype=dtype)
+        self.noise = (torch.zeros(c.batch_size, *c.shape, device=c.device)
                       if c.method == "free" else None)
         self.epoch = 0                          # epochs that are done
         self.batch = 0                          # batches that are done in the epoch at hand
@@ -333,11 +324,12 @@ class Run:
         self.saved = time.monotonic()           # when the last checkpoint was written
         self.busy = False                       # in the middle of an epoch: a signal waits
         self.asked = False                      # a signal has asked this process to stop
-        self.stop = self.due = False            # any process was asked to; a checkpoint is due
+        self.stop = False                       # some process was asked to stop
+        self.due = False                        # a checkpoint is due
 
 
 # The fields of a Run that are plain numbers and lists, and go into a checkpoint as they are.
-PLACE = ("epoch", "batch", "loss", "seconds", "rows", "best")
+PROGRESS = ("epoch", "batch", "loss", "seconds", "rows", "best")
 
 
 def seed_of(*key):
@@ -347,11 +339,11 @@ def seed_of(*key):
 
 def build(c):
     """The Classifier that the settings describe, with weights drawn from c.seed, on c.device."""
-    channels, h, w = c.shape
-    script = script_of(c.model)
     torch.manual_seed(seed_of(c.seed, "weights"))
     if c.model in BASELINES:
-        return script.build(c).to(c.device)
+        return laboratory("baselines", f"--model {c.model}").build(c).to(c.device)
+    channels, h, w = c.shape
+    script = SCRIPTS[c.model]
     sizes = dict(d_model=c.d_model, d_state=c.d_state, n_layers=c.n_layers, patch_size=c.patch_size)
     if script is s4_adv:
         sizes["ssm"] = c.model
@@ -391,8 +383,10 @@ def put_weights(model, weights, path):
 
 
 def write(path, content):
-    """Writes text, bytes, or what torch.save takes, all or nothing: an old file is replaced by the
-    whole new one, or stays as it is.  UserError where it cannot be written."""
+    """Writes text, bytes, or what torch.save takes; the first process alone. An old file is
+    replaced by the whole new one, or stays as it is.  UserError where it cannot be written."""
+    if rank() > 0:
+        return
     part = path.with_name(path.name + ".part")
     if isinstance(content, str):
         content = content.encode()
@@ -437,21 +431,18 @@ def save(run):
         noise = torch.zeros_like(run.noise)
         noise[rank()::world()] = run.noise[rank()::world()]             # each knows its own slots
         dist.all_reduce(noise)
-    if rank() == 0:
-        place = {name: getattr(run, name) for name in PLACE}
-        write(Path(run.c.out) / "last.pt", {
-            "format": 1, "config": vars(run.c), "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "noise": noise, **place})
+    place = {name: getattr(run, name) for name in PROGRESS}
+    write(Path(run.c.out) / "last.pt", {
+        "format": 1, "config": vars(run.c), "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(), "noise": noise, **place})
     run.saved = time.monotonic()
 
 
 def read_checkpoint(path, flag):
-    """The dict in a checkpoint, or in last.pt of a run's folder.  UserError if it is missing,
-    damaged or of another program.   flag: what the user gave it by, for the message"""
+    """The dict in a checkpoint, or in last.pt of a run's folder; with "path", its file.  UserError
+    if it is missing, damaged or foreign.   flag: what the user gave it by, for the message"""
     path = Path(path)
     if path.is_dir():
-        if not (path / "last.pt").exists():
-            raise UserError(f"{flag} {path}: there is no checkpoint in that folder; give another")
         path = path / "last.pt"
     try:
         if not path.is_file():
@@ -470,7 +461,7 @@ def read_checkpoint(path, flag):
         if (damaged is None and state["format"] == 1 and state["model"]
                 and NEEDED <= state["config"].keys()
                 and type(state["epoch"]) is int and state["epoch"] >= 0):
-            return state
+            return state | {"path": path}
     except Exception:                           # whatever a damaged file does
         pass
     raise UserError(f"{flag} {path}: this is damaged, or no checkpoint of this program; give "
@@ -506,7 +497,7 @@ def restore(run, state):
         run.optimizer.load_state_dict(state["optimizer"])
         if run.noise is not None:
             run.noise.copy_(state["noise"])
-        for name in PLACE:
+        for name in PROGRESS:
             setattr(run, name, state[name])
         for row in run.rows:
             format_row(row, run.c)              # raises one of these if the row is damaged
@@ -596,7 +587,7 @@ def descend(run, x, y, n, eps, alpha):
 
 def train_batch(run, x, y, n):
     """All optimiser steps on one batch: one, or FreeAT's replays. Returns the batch's summed loss,
-    the mean over replays. Through c.eps_warmup epochs eps and alpha grow from 0."""
+    the mean over replays. Over the first c.eps_warmup epochs eps and alpha grow from 0."""
     c = run.c
     ramp = 1.0
     if c.eps_warmup:
@@ -683,7 +674,8 @@ def train_model(c, data, state=None):
     run = Run(c, len(data["train"][0]))
     stop_at_signal(run)
     if state is None:
-        greet(run)
+        say(f"{name_of(c)}: {run.size:,} trainable parameters; {c.dataset}, {run.n:,} "
+            f"training images, {c.method}, eps {show(c.eps)}, {run.epochs} epochs; {c.out}")
         save(run)
     else:
         restore(run, state)
@@ -691,9 +683,9 @@ def train_model(c, data, state=None):
         if run.epoch < run.epochs:
             left = f"going on in epoch {run.epoch + 1}, after batch {run.batch} of {run.batches}"
         say(f"{c.out}: {left}")
-        write_log(run)                          # a cut may have come before it was written
-    if rank() == 0:
-        write(Path(c.out) / "config.json", json.dumps(vars(c) | machine(c), indent=1))
+        if run.rows:                            # a cut may have come before it was written
+            write_csv(Path(c.out) / "log.csv", run.rows)
+    write(Path(c.out) / "config.json", json.dumps(vars(c) | machine(c), indent=1))
     columns = [f"{name + ' ' + attack:>12}" for name in watched(c) for attack in ROW]
     say("  ".join([f"{'epoch':>5}", f"{'lr':>8}", f"{'loss':>7}", *columns, f"{'time':>7}"]))
     for row in run.rows:
@@ -703,7 +695,7 @@ def train_model(c, data, state=None):
         row = end_epoch(run, data)
         keep_best(run, row)
         save(run)
-        write_log(run)
+        write_csv(Path(c.out) / "log.csv", run.rows)
         if on_terminal():
             say("\r\033[K", end="")
         say(format_row(row, c))
@@ -730,11 +722,9 @@ def end_epoch(run, data):
         images, labels = data[name]
         if name == "train":
             images, labels = images[:c.eval_train], labels[:c.eval_train]
-        found = dict.fromkeys(ROW)
-        if measure:
-            found = evaluate(run.model, images, labels, ROW, c, (name, run.epoch))
-        for attack, accuracy in found.items():
-            row[f"{name}_{attack}"] = accuracy
+        found = evaluate(run.model, images, labels, ROW, c, (name, run.epoch)) if measure else {}
+        for attack in ROW:
+            row[f"{name}_{attack}"] = found.get(attack)
     row["seconds"] = round(run.seconds, 1)
     run.rows.append(row)
     run.epoch += 1
@@ -749,9 +739,8 @@ def keep_best(run, row):
     if robust is None or (run.best is not None and [robust, clean] <= run.best):
         return
     run.best = [robust, clean]
-    if rank() == 0:
-        write(Path(run.c.out) / "best.pt", {"format": 1, "config": vars(run.c), "epoch": run.epoch,
-                                            "model": run.model.state_dict()})
+    write(Path(run.c.out) / "best.pt", {"format": 1, "config": vars(run.c), "epoch": run.epoch,
+                                        "model": run.model.state_dict()})
 
 
 def hint(run):
@@ -762,24 +751,6 @@ def hint(run):
     if third and max(known) < 1.5 / run.c.classes and run.epoch < run.epochs:
         say(f"hint: after {run.epoch} epochs accuracy is still that of chance; if it stays there, "
             "train anew with --eps-warmup, which begins with small eps, or another --lr")
-
-
-def write_log(run):
-    """log.csv, written anew from the checkpoint's rows: what a crash did to it is mended."""
-    if rank() == 0 and run.rows:
-        write_csv(Path(run.c.out) / "log.csv", run.rows)
-
-
-def greet(run):
-    """The first line of a new run."""
-    c = run.c
-    say(f"{name_of(c)}: {parameters(run.model):,} trainable parameters; {c.dataset}, {run.n:,} "
-        f"training images, {c.method}, eps {show(c.eps)}, {run.epochs} epochs; {c.out}")
-
-
-def parameters(model):
-    """How many numbers are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def name_of(c):
@@ -830,10 +801,9 @@ def finish(run, data):
     say(f"Best is chosen by PGD-10 on {chosen}; {run.n:,} training images, {c.method}, "
         f"seed {c.seed}")
     seconds = round(sum(row["seconds"] for row in run.rows), 1)
-    if rank() == 0:
-        write(out / "result.json", json.dumps(
-            {**table, "n_test": n, "n_train": run.n, "parameters": parameters(run.model),
-             "seconds": seconds, "config": vars(c), **machine(c)}, indent=1))
+    write(out / "result.json", json.dumps(
+        {**table, "n_test": n, "n_train": run.n, "parameters": run.size, "seconds": seconds,
+         "config": vars(c), **machine(c)}, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -846,14 +816,13 @@ def attacks_of(spec, c):
     "clean" none | "fgsm" | "pgd-K" K steps of c.alpha | "pgd-KxR" with R random restarts |
     a name of lab/autoattack.py.  UserError for another name, or too few classes for it.
     """
-    script = script_of(c.model)
     if spec == "clean":
         return []
     if spec == "fgsm":
-        return [partial(script.fgsm, eps=c.eps)]
+        return [partial(fgsm, eps=c.eps)]
     if found := re.fullmatch(r"pgd-(\d{1,6})(?:x([1-9]\d{0,5}))?", spec, re.ASCII):
         steps, restarts = int(found[1]), int(found[2] or 1)
-        return restarts * [partial(script.pgd, eps=c.eps, alpha=c.alpha, steps=steps)]
+        return restarts * [partial(pgd, eps=c.eps, alpha=c.alpha, steps=steps)]
     if spec == "pgd-official":
         raise UserError(f"--attacks {spec}: it stands for comparison only, so a run cannot have it "
                         "measured; give it with --evaluate CKPT")
@@ -889,7 +858,7 @@ def hits(model, x, y):
 def still_right(model, x, y, attacks, seed, source=None):
     """[(B,) bool]: which images are right as they are, and after each attack on what was right.
 
-    seed    function  number of the attack -> the seed of its chances
+    seed    function  number of the attack -> the seed of its random numbers
     source  Module    the model that is attacked, where it is not the one that is measured
     """
     found = [hits(model, x, y)]
@@ -918,7 +887,7 @@ def survivors(model, images, labels, spec, attacks, c, place, kept=None, source=
     dtype = next(model.parameters()).dtype
     found = torch.zeros(1 + len(attacks), len(images), dtype=torch.bool)
     with frozen(model):
-        mine = torch.arange(rank(), len(images), world())
+        mine = torch.arange(len(images))[rank()::world()]
         for b, i in enumerate(mine.split(c.batch_size) if len(mine) else ()):
             key = repr((place, spec, c.eps, c.alpha, b))
             if key not in kept:
@@ -981,9 +950,10 @@ def pair(text):
 
 
 def show(value):
-    """8/255 for 0.0313725..., else the number."""
+    """'8/255' for 0.0313725..., else the number; '0.2', too, though it is 51/255."""
     k = value * 255
-    return f"{round(k)}/255" if 0 < k < 255 and abs(k - round(k)) < 1e-6 else f"{value:g}"
+    whole = 0 < k < 255 and abs(k - round(k)) < 1e-6
+    return f"{round(k)}/255" if whole and len(f"{value:g}") > 3 else f"{value:g}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -1015,12 +985,11 @@ def add_flags(p, only=None):
 
     Returns {flag: default}. argparse sets none, so that `given` holds only what the user wrote.
     """
-    only = None if only is None else only.split()
     defaults = {}
 
     def flag(names, kind, default, help, shown=None, **kw):
         dest = names.split()[0][2:].replace("-", "_")
-        if only is None or dest in only:
+        if only is None or dest in only.split():
             p.add_argument(*names.split(), type=kind, help=f"{help} (default: {shown or default})",
                            **kw)
             defaults[dest] = None if default == BY_DATA else default
@@ -1139,7 +1108,7 @@ def check(c):
     if c.ads and c.control:
         refuse("control", f"it stands in the place of --ads {c.ads}; give one of them")
     if c.model in BASELINES:
-        script_of(c.model).check(c)
+        laboratory("baselines", f"--model {c.model}").check(c)
     if c.model in ("s4", "dss") and c.d_state % 2:
         refuse("d_state", f"{c.model} stores conjugate pairs; give an even number")
     if h % c.patch_size:
@@ -1188,8 +1157,6 @@ def resumed(c, given):
     if c.resume is not True:
         path = Path(c.resume)
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
-        if not path.exists():
-            raise UserError(f"--resume {path}: there is no such file or folder")
     folder = path.parent if path.is_file() else path
     if "out" in given and os.path.realpath(given["out"]) != os.path.realpath(folder):
         raise UserError(f"--out {given['out']}: a run goes on in its own folder, {folder}; leave "
@@ -1205,8 +1172,7 @@ def resumed(c, given):
     if not there and c.resume is True:
         return c, None
     if not there:
-        raise UserError(f"--resume {folder}: there is no run in this folder; leave the flag out to "
-                        "begin one")
+        raise UserError(f"--resume {folder}: there is no run; leave the flag out to begin one")
     state = read_checkpoint(folder, "--resume")
     if "optimizer" not in state:
         raise UserError(f"--resume {folder}: its last.pt holds weights for --evaluate, not a run")
@@ -1339,7 +1305,7 @@ def main(argv=None):
     asked = next((word for word in words if word.partition("=")[0] in JOBS), None)
     helps = {"-h", "--help"} & set(words)
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):               # any name is printable
+        for stream in filter(None, (sys.stdout, sys.stderr)):               # any name is printed
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         if not helps:

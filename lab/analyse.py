@@ -12,14 +12,14 @@ Glossary   u, y   input and output of a part of a block, (B, L, .); u_adv, y_adv
 """
 import json
 import math
-from contextlib import ExitStack
-from functools import partial
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 import s4_adv
 import train
@@ -47,19 +47,17 @@ class Part(NamedTuple):
 def watch(model, x, x_adv):
     """[(layer, parts)] on clean and attacked images: layer holds a sequence map and its middle,
     parts is {name of a child: Part}, in which "" stands for the layer itself."""
-    def record(tensors, module, args, out):
-        tensors += [args[0], out]
-    layers = [(layer, {}) for layer in model.modules() if hasattr(layer, "middle")]
-    with ExitStack() as hooks, torch.no_grad():
-        for layer, seen in layers:
-            for name, module in [("", layer), *layer.named_children()]:
-                seen[name] = []
-                hook = partial(record, seen[name])
-                hooks.enter_context(module.register_forward_hook(hook))
+    seen = defaultdict(list)                    # {module: [u, y, u_adv, y_adv]}
+
+    def record(module, args, out):
+        seen[module] += [args[0], out]
+    with register_module_forward_hook(record), torch.no_grad():
         model(x)
         model(x_adv)
-    return [(layer, {name: Part(*tensors) for name, tensors in seen.items()})
-            for layer, seen in layers]
+    layers = [layer for layer in model.modules() if hasattr(layer, "middle")]
+    return [(layer, {name: Part(*seen[part])
+                     for name, part in [("", layer), *layer.named_children()]})
+            for layer in layers]
 
 
 # ---- One function for each statement: {quantity: value} ------------------------------------------
@@ -162,8 +160,8 @@ def measure_local_gain(mamba, u):
 
 def mixing(mega, u):
     """Attention (B, L, L) and the values (B, L, V) that it mixes."""
-    _, z, _, _ = mega.split_gates(u)
-    return mega.attention(F.silu(z)), F.silu(mega.values(u))
+    _, shared, _, _ = mega.split_gates(u)
+    return mega.attention(F.silu(shared)), F.silu(mega.values(u))
 
 
 def measure_attention(mega, part):
@@ -304,9 +302,7 @@ def settings(words):
     else:
         state = train.read_checkpoint(c.analyse, "--analyse")
         c = train.checkpoint_settings(c, given, state, c.analyse, FREE)
-        path = Path(c.analyse)
-        path = path / "last.pt" if path.is_dir() else path
-        stem = path.with_name(f"{path.stem}-analysis")
+        stem = state["path"].with_name(f"{state['path'].stem}-analysis")
     c.precision = "fp32"                        # training alone has another
     c.out = given.get("out", str(stem.parent))
     train.check(c)
@@ -346,8 +342,6 @@ def main(words):
             rows += [{"statement": statement, "on": on, "layer": layer, "quantity": quantity,
                       "value": float(value)} for quantity, value in numbers.items()]
     print_tables(rows)
-    if train.rank() > 0:
-        return
     train.write_csv(Path(f"{stem}.csv"), rows)
     report = {"n": n, "n_train": n_train, "rows": rows, "config": vars(c), **train.machine(c)}
     train.write(Path(f"{stem}.json"), json.dumps(report, indent=1))

@@ -17,44 +17,37 @@ Result     x_adv, like x and detached: |x_adv - x|_inf <= eps, in [0, 1]. Miscla
 Chance     Random numbers come from torch's global generator. FAB-T draws none.
 """
 import warnings
-from contextlib import contextmanager
 from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
 
 
-@contextmanager
-def frozen(model):
-    """Within it: eval mode, weights without gradients. Afterwards, also at an error: as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    wishes = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for weight, wants_gradient in wishes:
-            weight.requires_grad_(wants_gradient)
-
-
 def attack(search):
-    """search(model, x, y, eps, ...) with what all attacks share: a frozen model, checked input.
+    """search(model, x, y, eps, ...) with what all attacks share: checked input, a frozen model.
 
     ValueError for images (rounding by 1e-6 may stay) or eps outside [0, 1]. An empty batch comes
-    back without a call of the model.
+    back without a call of the model. The search runs in eval mode, weights without gradients;
+    afterwards, also at an error, both are as before.
     """
     @wraps(search)
     def checked(model, x, y, eps, *args, **options):
         if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():
-            raise ValueError("images must lie in [0, 1]; a normalisation belongs into the model")
+            raise ValueError("images must lie in [0, 1]; normalisation belongs inside the model")
         if not 0 <= eps <= 1:
             raise ValueError(f"eps {eps}: pixel units; 8/255, not 8")
         if len(x) == 0:
             return x.detach().clone()
-        with frozen(model):
+        modes = [(module, module.training) for module in model.modules()]
+        wishes = [(weight, weight.requires_grad) for weight in model.parameters()]
+        try:
+            model.eval().requires_grad_(False)
             return search(model, x.detach(), y, eps, *args, **options)
+        finally:
+            for module, training in modes:
+                module.training = training
+            for weight, wants_gradient in wishes:
+                weight.requires_grad_(wants_gradient)
     return checked
 
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from s4_adv import fgsm, pgd, pgd_at_loss, trades_loss      # noqa: F401, train.py takes them here
 
 
 def build(c):

@@ -43,11 +43,6 @@ def changed(c, **changes):
     return SimpleNamespace(**vars(c) | changes)
 
 
-def at_length(c, L):
-    """The settings c for images of L tokens: a row of L patches."""
-    return changed(c, shape=(c.shape[0], c.patch_size, c.patch_size * L))
-
-
 def on_gpu(c):
     return c.device.startswith("cuda")
 
@@ -199,7 +194,7 @@ def least(c, L, work, form, rate):
 
 def timings(c, L, rate):
     """Rows of the table: a dict for each kind of work and form, on images of L tokens."""
-    c = at_length(c, L)
+    c = changed(c, shape=(c.shape[0], c.patch_size, c.patch_size * L))      # a row of L patches
     samples = {(work, form): [] for work in passes(c) for form in c.forms}
     for _ in range(c.bench):                                            # interleaved
         for key, costs in samples.items():
@@ -246,10 +241,9 @@ def settings(words):
     if torch.device(c.device).type not in ("cpu", "cuda") or train.world() > 1:
         raise train.UserError(f"--bench {c.bench}: it runs on cpu or cuda, in one process; leave "
                               "out torchrun and another --device")
-    lengths = "-".join(["L", *map(str, c.lengths)]) if c.lengths else None
-    parts = ["bench", c.dataset, c.model, f"ads_{c.ads}" if c.ads else c.control, c.method,
-             f"seed{c.seed}", f"{c.n_layers}x{c.d_model}-batch{c.batch_size}", lengths]
-    c.out = c.out or "runs/" + "-".join(part for part in parts if part)
+    run = train.folder_of(c).replace("runs/", "runs/bench-")
+    lengths = "".join(f"-{part}" for part in ("L", *c.lengths)) if c.lengths else ""
+    c.out = c.out or f"{run}-{c.n_layers}x{c.d_model}-batch{c.batch_size}{lengths}"
     c.lengths = c.lengths or [c.shape[1] * c.shape[2] // c.patch_size ** 2]
     c.forms = forms_here(c)
     return c

@@ -113,9 +113,7 @@ def share_left(model, batches, c, attack, eps, logits):
 
 def repetition_gap(model, batches, c):
     """The largest difference of two forward passes, over the largest logit."""
-    with torch.no_grad():
-        first = torch.cat([train.scores(model, x) for x, _ in batches])
-        second = torch.cat([train.scores(model, x) for x, _ in batches])
+    first, second = (torch.cat([train.scores(model, x) for x, _ in batches]) for _ in range(2))
     return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
 
 
@@ -142,8 +140,7 @@ def share_off_slope(model, batches, c, h=1e-7):
         v = torch.randint_like(x, 2).double() * 2 - 1
         mix = torch.randn(len(x), c.classes, dtype=x.dtype, device=x.device)
         _, _, grad = autoattack.differentiate(model, x, vecdot, mix)
-        with torch.no_grad():
-            rise = vecdot(train.scores(model, x + h * v) - train.scores(model, x - h * v), mix)
+        rise = vecdot(train.scores(model, x + h * v) - train.scores(model, x - h * v), mix)
         slope = (grad * v).flatten(1).sum(1)
         errors.append((rise / (2 * h) - slope).abs() / grad.flatten(1).norm(dim=1))
     return float((~(torch.cat(errors) < 1e-3)).double().mean())

@@ -45,12 +45,9 @@ def main(words):
     model = train.load_model(state, c.evaluate, c.device)
     source = load_source(c) if c.transfer_from else None
     weights = digest(*state["model"].values())
-    path = Path(c.evaluate)
-    path = path / "last.pt" if path.is_dir() else path
+    path = state["path"]
     stem = path.with_suffix("")
-    asked = [name for name in MORE if getattr(c, name)]
-    report = "evaluation" if c.attacks else "-".join(asked).replace("_", "-")
-    file = stem.with_name(f"{stem.name}-{report}.json")
+    file = stem.with_name(f"{stem.name}-evaluation.json")
     before = read_report(file, weights)         # a damaged one is refused before the work
     probe(stem.parent)
     images, labels = train.load_data(c)["test"]
@@ -61,17 +58,14 @@ def main(words):
     if c.images:
         figures.draw_images(model, images[:8], labels[:8], c, stem)
     checked = checks.check_gradients(model, images, labels, c) if c.checks else []
-    # Of one measurement the last row stays, in its place.
-    latest = {identity(row): row for row in reversed(before["rows"] + rows)}
-    rows = list(reversed(latest.values()))
-    if train.rank() == 0:
-        if rows:
-            columns = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
-            train.write_csv(file.with_suffix(".csv"), columns)
-        train.write(file, json.dumps({
-            "checkpoint": path.name, "epoch": state["epoch"], "weights": weights,
-            "rows": rows, "checks": checked or before["checks"], "config": vars(c),
-            **train.machine(c)}, indent=1))
+    # Of one measurement the last row stays.
+    rows = list({identity(row): row for row in before["rows"] + rows}.values())
+    if rows:
+        columns = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
+        train.write_csv(file.with_suffix(".csv"), columns)
+    train.write(file, json.dumps({
+        "checkpoint": path.name, "epoch": state["epoch"], "weights": weights, "rows": rows,
+        "checks": checked or before["checks"], "config": vars(c), **train.machine(c)}, indent=1))
     kept.path.unlink(missing_ok=True)
     return int(not all(check["passed"] for check in checked))
 
@@ -80,7 +74,7 @@ def probe(folder):
     """UserError if nothing can be written into a folder: that is said before the work."""
     path = folder / f".probe-{os.getpid()}"
     train.write(path, "")
-    path.unlink()
+    path.unlink(missing_ok=True)                # the first process alone wrote
 
 
 def counts(text):
@@ -209,7 +203,7 @@ def measure(model, images, labels, kept, specs, variants, label="{spec}", source
     train.say(f"\n{'attack':24} {'accuracy':>9}   95 % interval        n   seconds")
     rows = []
     for spec, c in product(specs, variants):
-        kept.seconds = 0.0
+        start = time.monotonic()
         found = train.survivors(model, images, labels, spec, attacks_named(spec, c), c, place, kept,
                                 source)                                     # (1 + attacks, n)
         stages = [f": {name}" for name in autoattack.ENSEMBLES.get(spec, ())]
@@ -217,7 +211,7 @@ def measure(model, images, labels, kept, specs, variants, label="{spec}", source
             n = len(right)
             share = float(right.double().mean())
             low, high = interval(int(right.sum()), n)
-            seconds = None if stage else round(kept.seconds, 1)
+            seconds = None if stage else round(time.monotonic() - start, 1)
             rows.append({"attack": ("transfer: " if source else "") + spec + stage,
                          "accuracy": share, "low": low, "high": high, "n": n, "seconds": seconds,
                          "eps": c.eps, "alpha": c.alpha, "seed": c.seed, "source": weights,
@@ -321,11 +315,11 @@ def read_report(file, weights):
                               "would be replaced; mend it, or move it away") from None
 
 
-class Kept:
+class Kept(dict):
     """Finished batches, for train.survivors: {key: right, (1 + attacks, b)}; also lines of a file.
 
     The file outlives a cut. Its name stands for all that its lines depend on: weights, images,
-    settings, code. seconds is what the batches have cost that were taken since it was set to 0.
+    settings, code.
     """
 
     def __init__(self, stem, images, labels, weights, c):
@@ -334,30 +328,18 @@ class Kept:
         what = digest(images, labels, weights, *(file.read_bytes() for file in code),
                       torch.__version__, train.world(), vars(c))
         self.path = stem.with_name(f"{stem.name}-{what}-{train.rank()}.part")
-        self.batches = {}
-        self.seconds = 0.0
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for line in text.splitlines():
             # What has another sum is half a line, where the cut was, or damaged.
             checksum, _, record = line.partition(" ")
             if checksum == digest(record):
                 batch = json.loads(record)
-                self.batches[batch["key"]] = torch.tensor(batch["right"]) == 1, batch["seconds"]
-
-    def __contains__(self, key):
-        self.asked = time.monotonic()
-        return key in self.batches
-
-    def __getitem__(self, key):
-        right, seconds = self.batches[key]
-        self.seconds += seconds
-        return right
+                super().__setitem__(batch["key"], torch.tensor(batch["right"]) == 1)
 
     def __setitem__(self, key, right):
-        """Keeps a batch that was measured since __contains__ asked for it."""
-        seconds = time.monotonic() - self.asked
-        self.batches[key] = right, seconds
-        record = json.dumps({"key": key, "right": right.int().tolist(), "seconds": seconds})
+        """Adds a batch, also to the file."""
+        super().__setitem__(key, right)
+        record = json.dumps({"key": key, "right": right.int().tolist()})
         try:
             with train.open_to_append(self.path) as f:
                 f.write(f"\n{digest(record)} {record}")

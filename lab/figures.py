@@ -18,6 +18,7 @@ from statistics import fmean
 
 import torch
 
+import s4_adv
 import train
 
 GROWING = ("clean", "pgd-official", "pgd-10", "pgd-50x5", "aa")         # ever stronger attacks
@@ -71,8 +72,7 @@ def picture(path, rows=1, columns=1, size=(4.2, 3.2), **sharing):
         figure = Figure((size[0] * columns, size[1] * rows), layout="constrained")
         yield figure.subplots(rows, columns, squeeze=False, **sharing)
         figure.savefig(file, format="png", dpi=150)
-    if train.rank() == 0:
-        train.write(path, file.getvalue())
+    train.write(path, file.getvalue())
     train.say(f"drawn: {path}")
 
 
@@ -135,9 +135,8 @@ def read_log(run):
         for name in sets:
             for attack in train.ROW:
                 log["lines"][name, attack] = [float(row[f"{name}_{attack}"]) for row in rows]
-        if not all(0 < epoch < 1e9 for epoch in log["epoch"]):
-            raise ValueError
-        if not all(0 <= v <= 1 for line in log["lines"].values() for v in line):
+        if not (all(0 < epoch < 1e9 for epoch in log["epoch"])
+                and all(0 <= v <= 1 for line in log["lines"].values() for v in line)):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         raise train.UserError(f"--plot {run}: its log.csv is damaged; --resume writes it anew from "
@@ -195,7 +194,7 @@ def draw_images(model, images, labels, c, stem):
     """--images: uint8 images, perturbations, and images under PGD-10; predictions are printed."""
     x = images.to(next(model.parameters()).dtype) / 255                 # (n, C, h, w)
     torch.manual_seed(train.seed_of(c.seed, "images"))
-    x_adv = train.script_of(c.model).pgd(model, x, labels, c.eps, c.alpha, 10)
+    x_adv = s4_adv.pgd(model, x, labels, c.eps, c.alpha, 10)
     with train.frozen(model), torch.no_grad():
         clean = train.scores(model, x).argmax(1).tolist()
         attacked = train.scores(model, x_adv).argmax(1).tolist()

@@ -220,7 +220,7 @@ BAD = {
     "--analyse=": "--analyse is empty; give a value, or leave it out",
     "--analyse nowhere.pt": "--analyse nowhere.pt: there is no such file",
     "--analyse FILE": "--analyse FILE: this is damaged, or no checkpoint of this program",
-    "--analyse EMPTY": "--analyse EMPTY: there is no checkpoint in that folder",
+    "--analyse EMPTY": "--analyse EMPTY/last.pt: there is no such file; give one",
     "--analyse --dataset cifar10 --data-dir EMPTY": "cifar-10-batches-py is not there",
 }
 

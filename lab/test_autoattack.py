@@ -265,7 +265,7 @@ def test_every_tensor_that_an_attack_makes_is_on_the_device_of_x(attack):
     ids=["255 x", "x - .01", "x + .01", "nan"])
 def test_images_outside_0_to_1_are_refused(attack, change):
     spy, x = Spy(net()), dotted()
-    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]; a normalisation belongs"):
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]; normalisation belongs"):
         attack(spy, change(x), torch.zeros(24).long(), 0.1)
     assert not spy.fed
 

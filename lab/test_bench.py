@@ -329,7 +329,7 @@ def test_a_work_repeated_meets_the_same_weights_and_attacks_every_image(monkeypa
 def test_peak_memory_is_that_of_one_job_in_a_process_of_its_own():
     c = bench_settings("--model", "mamba", "--forms", "plain", "--batch-size", "4", "--patch-size",
                        "1", "--d-model", "32", "--d-state", "32")
-    c = bench.at_length(c, 256)
+    c = bench.changed(c, shape=(1, 1, 256))
     fast, plain = (bench.sample_apart(c, "attack step", form)["peak_mb"]
                    for form in ("fast", "plain"))
     states = 4 * 256 * 64 * 32 * 4 / 2 ** 20                            # MB; autograd keeps some

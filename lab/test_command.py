@@ -25,6 +25,11 @@ def test_presets_are_the_papers_protocol():
     assert settings("--model", "s5").d_state == 128
 
 
+def test_a_radius_is_shown_as_it_is_written():
+    for text in ("8/255", "1/255", "16/255", "0.3", "0.2", "0.4", "0", "1", "0.012549"):
+        assert train.show(train.fraction(text)) == text
+
+
 def test_mamba_has_half_the_channels_on_the_drawn_digits_unless_they_are_given():
     drawn = ("--dataset", "synthetic", "--model")
     assert [settings(*drawn, model).d_model for model in train.SCRIPTS] == [64, 64, 64, 32, 64]
@@ -87,10 +92,10 @@ BAD = {
     "--dataset synthetic --eval-train 20000": "--eval-train 20000: there are 6000 training images",
     "--dataset synthetic --out FILE/run": "cannot be written",
     "--dataset synthetic --out OTHER": "--out OTHER holds another run (config.json)",
-    "--resume NOWHERE": "there is no such file or folder",
+    "--resume NOWHERE": "--resume NOWHERE: there is no run; leave the flag out to begin one",
     "--resume FILE": "this is damaged, or no checkpoint of this program",
     "--resume OTHER": "--resume OTHER: it has config.json, but no last.pt to go on from",
-    "--resume EMPTY": "--resume EMPTY: there is no run in this folder",
+    "--resume EMPTY": "--resume EMPTY: there is no run; leave the flag out to begin one",
     "--resume EMPTY --out OTHER": "--out OTHER: a run goes on in its own folder, EMPTY; leave",
     "--resume OTHER --checks": "unrecognized arguments: --checks",
     "--checks": "unrecognized arguments: --checks",

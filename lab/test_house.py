@@ -18,11 +18,11 @@ from test_all import DATA, HERE
 FLOORS = [["ads"], ["s4_adv", "mamba_adv", "attention_adv"], ["train"]]
 
 # Lines at most. A file that outgrows its budget is split or shortened; a budget only falls.
-BUDGETS = {"README.md": 130, "ads.py": 95, "s4_adv.py": 699, "mamba_adv.py": 550,
-           "attention_adv.py": 545, "train.py": 1388, "test_all.py": 1000,
-           "lab/autoattack.py": 380, "lab/evaluate.py": 366, "lab/checks.py": 149,
-           "lab/theory.py": 200, "lab/certificate.py": 105, "lab/analyse.py": 358,
-           "lab/bench.py": 292, "lab/peers.py": 100, "lab/figures.py": 267, "lab/tables.py": 224,
+BUDGETS = {"README.md": 130, "ads.py": 95, "s4_adv.py": 693, "mamba_adv.py": 545,
+           "attention_adv.py": 543, "train.py": 1354, "test_all.py": 1000,
+           "lab/autoattack.py": 373, "lab/evaluate.py": 348, "lab/checks.py": 146,
+           "lab/theory.py": 200, "lab/certificate.py": 105, "lab/analyse.py": 352,
+           "lab/bench.py": 286, "lab/peers.py": 100, "lab/figures.py": 266, "lab/tables.py": 224,
            "lab/triton_scan.py": 135, "lab/baselines.py": 120,
            "lab/steps.py": 70, "lab/floor.py": 75,
            "lab/tiny_imagenet.py": 85,
