@@ -70,7 +70,8 @@ def test_a_row_of_gains_over_s4_is_that_of_its_runs(name):
 def test_by_how_much_the_mlp_gains_less_or_more_than_ads_is_what_their_runs_say():
     less, more = (means(f"{folder}/s4-ads")[0][1] - means(f"{folder}/s4-mlp")[0][1]
                   for folder in ("mnist-eps0.1", "mnist-eps0.3"))
-    said = "it gains {:.0f} points less at eps 0.1, {:.0f} more at eps 0.3 after 16 epochs."
+    said = ("After 16 epochs on MNIST it gains {:.0f} points less at eps 0.1, "
+            "{:.0f} more at eps 0.3.")
     assert said.format(less, -more) in prose()
 
 
@@ -169,6 +170,7 @@ def test_a_row_of_1024_tokens_is_that_of_its_run_and_log(name):
 ALL_OF_MNIST = {"S4": ("s4", "mnist-step-falling", "s4"),
                 "S4 + AdS": ("s4-ads", "mnist-step-falling", "s4-ads"),
                 "S4 + GLU with ReLU": ("s4-glu_relu", "mnist-step-falling", "s4-glu_relu"),
+                "S4 + GLU": ("s4-glu", "mnist-step-falling", "s4-glu"),
                 "S4 + GLU, equal steps": ("s4-glu-constant", "mnist-step-constant", "s4-glu"),
                 "Mega": ("attention", "mnist-step-falling", "attention"),
                 "CNN": ("cnn", "mnist-step-falling", "cnn")}
@@ -197,40 +199,52 @@ def lead(run, over, name):
 
 
 def test_the_leads_with_all_of_mnist_are_those_that_the_table_prints():
-    mega, glu, ads, cnn, behind = (lead(*runs) for runs in (
+    mega, glu, ads, cnn, behind, gelu, relu = (lead(*runs) for runs in (
         ("attention", "s4-ads", "attention"), ("s4-glu_relu", "s4-ads", "s4 + glu-relu"),
         ("s4-ads", "s4", "s4 + AdS relu"), ("cnn", "s4-glu_relu", "cnn"),
-        ("attention", "s4-glu_relu", "attention")))
+        ("attention", "s4-glu_relu", "attention"), ("s4-glu", "s4-ads", "s4 + glu"),
+        ("s4-glu", "s4-glu_relu", "s4 + glu")))
 
     def said(row, p=""):
         return f"{row['difference']} ({row['95 % interval']}{p})"
-    assert (f"leads AdS by {mega['difference']} points ({mega['95 % interval']}; p "
+    assert (f"leads AdS by {mega['difference']} ({mega['95 % interval']}; p "
             f"""{mega["McNemar's p"]}). A GLU with a ReLU leads AdS by """
             f"""{said(glu, "; p " + glu["McNemar's p"])}, AdS the pure S4 by {said(ads)}, """
             f"a CNN that GLU by {said(cnn)}.") in prose()
-    less = behind["difference"].lstrip("-")
-    assert f"Mega keeps {less} less ({behind['95 % interval']})." in prose()
-    readme = " ".join((HERE / "README.md").read_text().split())
-    assert f"n = 500) {glu['difference']} more ({glu['95 % interval']})." in readme
+    assert (f"Mega keeps {behind['difference'].lstrip('-')} less ({behind['95 % interval']})."
+            ) in prose()
+
+    def less(row, p=""):
+        most, least = (end.lstrip("-") for end in row["95 % interval"].split(" to "))
+        return f"{row['difference'].lstrip('-')} less than {{}} ({least} to {most}{p})"
+    words = less(gelu, "; p " + gelu["McNemar's p"]).format("AdS")
+    assert f"keeps {words} and {less(relu).format('with a ReLU')}, though" in prose()
+    ten = [differences(f"mnist-all/{over}-seed0", "mnist-all/s4-glu-seed0")[
+        "s4 + glu", "pgd-10", 10000]["difference"] for over in ("s4-ads", "s4-glu_relu")]
+    assert f"though {ten[0]} and {ten[1]} more under PGD-10 (n = 10,000)." in prose()
 
 
 def test_how_far_models_lead_the_pure_s4_with_all_of_mnist_is_what_their_runs_say():
     left = {run: outcomes(("mnist-all",), run)[2][0]
-            for run in ("s4", "s4-ads", "s4-glu_relu", "attention")}
-    ads, glu, mega = (f"{left[run] - left['s4']:.0f}" for run in list(left)[1:])
-    readme = " ".join((HERE / "README.md").read_text().split())
-    assert f"(1 seed) AdS is {ads} ahead, GLU with ReLU {glu}, Mega {mega}." in readme
+            for run in ("s4", "s4-ads", "attention")}
+    mega = f"{left['attention'] - left['s4']:.0f}"
+    readme = (HERE / "README.md").read_text()
     more = f"{left['attention'] - left['s4-ads']:.0f} more than S4 + AdS |"
     assert f"with all images (1 seed) {mega} more than S4, {more}" in readme
     assert f"by {mega} ({left['attention']:.1f}, {left['s4']:.1f}; n = 500, one seed)" in prose()
-    assert f"Mega keeps {left['attention']:.1f} % of 500 images." in prose()
+    path = HERE / "results" / "mnist-all" / "s4-seed0" / "best-evaluation.json"
+    row, = (row for row in json.loads(path.read_text())["rows"]
+            if (row["attack"], row["n"]) == ("pgd-10", 10000))
+    first = 100 * mean(evaluate.survivors_of(row)[:2000])
+    before = mean(outcomes(("mnist-step-falling",), "s4")[1])
+    assert f"keeps {first:.1f} % under PGD-10, with 5,000 training images {before:.1f}." in prose()
 
 
 def test_what_equal_steps_make_of_a_glu_with_all_of_mnist_is_what_its_run_says():
     (ten,), (auto,) = outcomes(("mnist-all",), "s4-glu-constant")[1:]
     (best, _), (last, _) = (means("mnist-all/s4-glu-constant", row)[0] for row in ("Best", "Last"))
     readme = " ".join((HERE / "README.md").read_text().split())
-    assert f"GLU keeps {ten:.1f} % under PGD-10, {auto:.1f} under AutoAttack." in readme
+    assert f"GELU keeps {ten:.1f} % under PGD-10, {auto:.1f} under AutoAttack" in readme
     assert (f"keeps {ten:.1f} % under PGD-10 and {auto:.1f} under AutoAttack, and gets worse late: "
             f"clean it keeps {best:.1f} at Best (epoch 7), {last:.1f} at Last.") in prose()
 
@@ -274,6 +288,8 @@ def test_what_the_maps_of_s4_do_is_what_the_logs_say(name, quantity):
 @pytest.mark.parametrize("name, quantity, factor", [
     ("local gain, at most, where the layer selects", "local gain, it selects, max", 1),
     ("local gain, at most, with the selection held", "local gain, selection held, max", 1),
+    ("local gain, on average, where the layer selects", "local gain, it selects, mean", 1),
+    ("local gain, on average, with the selection held", "local gain, selection held, mean", 1),
     ("the last one over its linear bound", "|e_L| / its linear bound", 100)])
 def test_what_the_scan_of_mamba_does_is_what_its_log_says(name, quantity, factor):
     numbers, = cells_of(name)
@@ -283,8 +299,11 @@ def test_what_the_scan_of_mamba_does_is_what_its_log_says(name, quantity, factor
 def test_the_local_gains_of_mamba_in_the_readme_are_those_of_its_log():
     gains = [logged("mamba", f"local gain, {what}, max")[0] for what in
              ("it selects", "selection held")]
-    said = "the local gain in layer 1 is {:.0f} with selection, {:.1f} without (1 seed)"
-    assert said.format(*gains) in (HERE / "README.md").read_text()
+    means = [logged("mamba", f"local gain, {what}, mean")[0] for what in
+             ("it selects", "selection held")]
+    said = ("the local gain of layer 1 reaches {:.0f} with selection, {:.1f} without (1 seed, "
+            "largest of 100 images; means {:.1f}, {:.1f})")
+    assert said.format(*gains, *means) in (HERE / "README.md").read_text()
 
 
 @pytest.mark.parametrize("layer", [1, 2])
