@@ -185,11 +185,11 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     assert f"GLU keeps {span(kept)} %" in prose()
     relu = "S4 + GLU with ReLU"
     assert f"leaves it {falling['S4 + AdS']} %, S4 {falling['S4']}." in text
-    assert (f"a GLU with a ReLU keeps {falling[relu]} %, the MLP with a GELU {falling['S4 + MLP']}"
-            ) in text
-    assert f"leaves a GLU {constant['S4 + GLU']} %, with a ReLU {constant[relu]}." in text
+    assert (f"after falling steps a GLU with a ReLU keeps {falling[relu]} %, "
+            f"the MLP with a GELU {falling['S4 + MLP']}") in text
+    assert f"leaves it {constant['S4 + GLU']} %, with a ReLU {constant[relu]}." in text
     assert max(falling, key=falling.get) == "CNN"
-    assert f"A plain CNN of that size leads:** {falling['CNN']} %" in text
+    assert f"A CNN leads:** after falling steps {falling['CNN']} %" in text
     assert (f"AutoAttack leaves a GLU {falling['S4 + GLU']} %, with a ReLU {falling[relu]}, "
             f"an MLP {falling['S4 + MLP']}, AdS {falling['S4 + AdS']} |") in text
     wide = [f"{100 * mean(sum(on_500_images(name), [])):.1f}" for name in ("s4-glu_relu", "s4-ads")]
@@ -372,6 +372,7 @@ def test_the_lead_of_ads_on_cifar10_is_the_one_that_the_table_prints():
     assert row["minus"] == "s4"
     said = f"by {row['difference']} points (two seeds; 95 % interval {row['95 % interval']};"
     assert said in text
+    assert f"(+{row['difference']}; falling steps, 2 seeds)" in (HERE / "README.md").read_text()
     rows = differences(*(f"cifar10-step-falling/{run}-seed0" for run in ("s4", "s4-ads")))
     ten, apgd = (rows["s4 + AdS relu", attack, 2000] for attack in ("pgd-10", "apgd-t"))
     assert (f"it is {ten['difference']} under PGD-10 ({ten['95 % interval']}), "
@@ -546,6 +547,7 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
     said = re.findall(r"^\| (.+) \| (\d+) \| (\S+) to (\S+) \|$", findings(), re.M)
     logs = dict(re.findall(r"\[([\w.-]+/[\w.-]+)\]\((evaluation/\S+\.txt)\)", findings()))
     gaps, others, apart = {}, [], {True: [], False: []}     # apart: all of MNIST, and the rest
+    plain = []                                              # MNIST, eps 0.3, PGD-AT alone
     for path in (HERE / "results").glob("*/*/result.json"):
         result = json.loads(path.read_text())
         c, run = result["config"], "/".join(path.parts[-3:-1])
@@ -554,6 +556,7 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
             left = dict(re.findall(r"^(pgd-\S+) +([\d.]+)%", text, re.M))
             assert f"/{path.parts[-2]}/best.pt" in text
             others.append(float(left["pgd-official"]) - float(left["pgd-10"]))
+            plain += others[-1:] if (c["eps"], c["method"]) == (0.3, "pgd") else []
             continue
         kept = json.loads(path.with_name("best-evaluation.json").read_text())
         at = {(r["n"], r["attack"]): 100 * r["accuracy"] for r in kept["rows"]
@@ -565,6 +568,7 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
         gaps.setdefault(name, []).append(at[n, "pgd-official"] - at[n, "pgd-10"])
         if name == "mnist, eps 0.3, adversarial training":
             apart[run.startswith("mnist-all/")].append(gaps[name][-1])
+            plain += gaps[name][-1:] if c["method"] == "pgd" else []
     assert len(said) > 4 and sorted(said) == sorted(
         (name, str(len(found)), *(f"{f(found) + 0.0:.1f}" for f in (min, max)))
         for name, found in gaps.items())
@@ -574,5 +578,8 @@ def test_the_findings_say_of_all_runs_how_far_the_published_attack_lies_above_pg
     least, (constant, second, *_) = min(apart[True]), sorted(apart[False])
     assert constant < 1e-9 and (f"the gap is {least:.1f} points or more with all of MNIST, else "
                                 f"{second:.1f} or more, but for the one model") in text
+    assert f"After PGD-AT alone it is {max(plain):.1f} points at most." in text
+    assert (f"leaves {sorted(plain)[1]:.0f} to {max(plain):.0f} points more than PGD-10"
+            in (HERE / "README.md").read_text())
     most = max(apart[False] + others)
     assert f"by {least:.0f} to {most:.0f} points at eps 0.3 (one constant prediction apart)" in text

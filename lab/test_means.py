@@ -43,6 +43,15 @@ def test_a_model_s_row_of_three_methods_is_that_of_its_runs(name):
     assert re.search(rf"^\| {name} \| [\d,]+ \| {' . '.join(cells)} \|$", findings(), re.M)
 
 
+def test_what_adversarial_training_gives_the_pure_s4_in_the_readme_is_what_its_runs_say():
+    (before, none), _ = means("mnist-methods/s4-standard", "Last")
+    (clean, robust), _ = means("mnist-eps0.3/s4", "Last")
+    ads = means("mnist-eps0.3/s4-ads", "Last")[0][1]
+    said = "S4 goes from {:.0f} to {:.0f} % under PGD-10, and loses {:.0f} points clean; S4 + AdS"
+    assert f"{said} keeps {{:.0f}} |".format(none, robust, before - clean, ads) in (
+        HERE / "README.md").read_text()
+
+
 # (c): conditions -> the folder of the runs.
 GAINS = {"MNIST, eps 0.3, 40 epochs of PGD-5 of 0.1": "mnist-eps0.3-long",
          "the same, PGD-10 of 0.04": "mnist-eps0.3-steps10",
@@ -221,7 +230,7 @@ def test_the_leads_with_all_of_mnist_are_those_that_the_table_prints():
     assert f"keeps {words} and {less(relu).format('with a ReLU')}, though" in prose()
     ten = [differences(f"mnist-all/{over}-seed0", "mnist-all/s4-glu-seed0")[
         "s4 + glu", "pgd-10", 10000]["difference"] for over in ("s4-ads", "s4-glu_relu")]
-    assert f"though {ten[0]} and {ten[1]} more under PGD-10 (n = 10,000)." in prose()
+    assert f"though {ten[0]} and {ten[1]} more under PGD-10 (n = 10,000; by" in prose()
 
 
 def test_how_far_models_lead_the_pure_s4_with_all_of_mnist_is_what_their_runs_say():
@@ -230,7 +239,7 @@ def test_how_far_models_lead_the_pure_s4_with_all_of_mnist_is_what_their_runs_sa
     mega = f"{left['attention'] - left['s4']:.0f}"
     readme = (HERE / "README.md").read_text()
     more = f"{left['attention'] - left['s4-ads']:.0f} more than S4 + AdS |"
-    assert f"with all images (1 seed) {mega} more than S4, {more}" in readme
+    assert f"With all images (1 seed) it leaves Mega {mega} more than S4, {more}" in readme
     assert f"by {mega} ({left['attention']:.1f}, {left['s4']:.1f}; n = 500, one seed)" in prose()
     path = HERE / "results" / "mnist-all" / "s4-seed0" / "best-evaluation.json"
     row, = (row for row in json.loads(path.read_text())["rows"]
@@ -244,7 +253,7 @@ def test_what_equal_steps_make_of_a_glu_with_all_of_mnist_is_what_its_run_says()
     (ten,), (auto,) = outcomes(("mnist-all",), "s4-glu-constant")[1:]
     (best, _), (last, _) = (means("mnist-all/s4-glu-constant", row)[0] for row in ("Best", "Last"))
     readme = " ".join((HERE / "README.md").read_text().split())
-    assert f"GELU keeps {ten:.1f} % under PGD-10, {auto:.1f} under AutoAttack" in readme
+    assert f"seed) it keeps {ten:.1f} % under PGD-10, {auto:.1f} under AutoAttack" in readme
     assert (f"keeps {ten:.1f} % under PGD-10 and {auto:.1f} under AutoAttack, and gets worse late: "
             f"clean it keeps {best:.1f} at Best (epoch 7), {last:.1f} at Last.") in prose()
 
@@ -301,8 +310,8 @@ def test_the_local_gains_of_mamba_in_the_readme_are_those_of_its_log():
              ("it selects", "selection held")]
     means = [logged("mamba", f"local gain, {what}, mean")[0] for what in
              ("it selects", "selection held")]
-    said = ("the local gain of layer 1 reaches {:.0f} with selection, {:.1f} without (1 seed, "
-            "largest of 100 images; means {:.1f}, {:.1f})")
+    said = ("the local gain of layer 1 reaches {:.0f}, with the selection held {:.1f} (CIFAR-10, "
+            "1 seed, largest of 100 images; means {:.1f}, {:.1f})")
     assert said.format(*gains, *means) in (HERE / "README.md").read_text()
 
 
