@@ -6,7 +6,7 @@
 
 The first prints, in 49 CPU seconds (2-core x86-64 machine, torch 2.14.1, one thread, one seed):
 
-    MNIST: 6000 training and 1000 test images, PGD-AT, eps 0.1
+    MNIST: 6000 training, 1000 test images, PGD-AT, eps 0.1, step 0.04
                  parameters   clean   PGD-10
     without AdS      21,322   68.8%   39.1%
     with AdS         37,962   94.2%   74.0%
@@ -651,7 +651,7 @@ def demo(parser, make_model):
     train, test = (TensorDataset(s.data[:n, None] / 255, s.targets[:n])
                    for s, n in zip(sets, (6000, 1000)))
     eps, alpha = 0.1, 0.04
-    print(f"MNIST: {len(train)} training and {len(test)} test images, PGD-AT, eps {eps}")
+    print(f"MNIST: {len(train)} training, {len(test)} test images, PGD-AT, eps {eps}, step {alpha}")
     print("             parameters   clean   PGD-10")
     for ads in (None, "relu"):
         torch.manual_seed(0)

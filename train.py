@@ -111,8 +111,8 @@ def load_data(c):
     val is the last HELD_OUT training images, train the first c.train_size of those before them,
     test the first c.test_size test images.  UserError where data are missing, or too few.
     """
-    # The first process of a machine loads first, since it may download. At the second barrier all
-    # have looked at --out, to which the first process writes next.
+    # The first process of a machine loads first, since it may download; the others wait for it at
+    # the barrier. Then all have looked at --out, to which the first process writes next.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -158,6 +158,7 @@ def torchvision_data(name, root):
     kind = {"mnist": MNIST, "cifar10": CIFAR10}[name]
     folder = Path(root) / {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[name]
     archives = {"mnist": "MNIST/raw/*.gz", "cifar10": "cifar-10-python.tar.gz"}[name]
+    n_train = {"mnist": 60_000, "cifar10": 50_000}[name]
     absent = not folder.exists()
     tensors = []
     try:
@@ -167,6 +168,8 @@ def torchvision_data(name, root):
             x = torch.as_tensor(data.data)                                  # (n, h, w[, C])
             x = x.view(*x.shape[:3], -1).movedim(3, 1).contiguous()         # (n, C, h, w)
             tensors += [x, torch.as_tensor(data.targets)]
+        if [len(v) for v in tensors] != [n_train, n_train, 10_000, 10_000]:
+            raise ValueError("another number of images")
     except Exception as e:                      # whatever a damaged file or a network does
         what = "is not there, and could not be downloaded" if absent else "is incomplete or damaged"
         raise UserError(f"--data-dir {root}: {folder.name} {what} "
@@ -1157,6 +1160,8 @@ def resumed(c, given):
     if c.resume is not True:
         path = Path(c.resume)
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        if not path.exists():
+            raise UserError(f"--resume {path}: there is no such file or folder")
     folder = path.parent if path.is_file() else path
     if "out" in given and os.path.realpath(given["out"]) != os.path.realpath(folder):
         raise UserError(f"--out {given['out']}: a run goes on in its own folder, {folder}; leave "
@@ -1172,7 +1177,8 @@ def resumed(c, given):
     if not there and c.resume is True:
         return c, None
     if not there:
-        raise UserError(f"--resume {folder}: there is no run; leave the flag out to begin one")
+        raise UserError(f"--resume {folder}: there is no run in this folder; leave the flag out to "
+                        "begin one")
     state = read_checkpoint(folder, "--resume")
     if "optimizer" not in state:
         raise UserError(f"--resume {folder}: its last.pt holds weights for --evaluate, not a run")

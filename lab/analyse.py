@@ -12,7 +12,6 @@ Glossary   u, y   input and output of a part of a block, (B, L, .); u_adv, y_adv
 """
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -47,14 +46,15 @@ class Part(NamedTuple):
 def watch(model, x, x_adv):
     """[(layer, parts)] on clean and attacked images: layer holds a sequence map and its middle,
     parts is {name of a child: Part}, in which "" stands for the layer itself."""
-    seen = defaultdict(list)                    # {module: [u, y, u_adv, y_adv]}
+    layers = [layer for layer in model.modules() if hasattr(layer, "middle")]
+    seen = {part: [] for layer in layers for part in (layer, *layer.children())}
 
     def record(module, args, out):
-        seen[module] += [args[0], out]
+        if module in seen:
+            seen[module] += [args[0], out]      # u, y; then u_adv, y_adv
     with register_module_forward_hook(record), torch.no_grad():
         model(x)
         model(x_adv)
-    layers = [layer for layer in model.modules() if hasattr(layer, "middle")]
     return [(layer, {name: Part(*seen[part])
                      for name, part in [("", layer), *layer.named_children()]})
             for layer in layers]

@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import json
 import math
-import os
+import tempfile
 import time
 from functools import partial
 from itertools import product
@@ -47,7 +47,9 @@ def main(words):
     weights = digest(*state["model"].values())
     path = state["path"]
     stem = path.with_suffix("")
-    file = stem.with_name(f"{stem.name}-evaluation.json")
+    asked = [name for name in MORE if getattr(c, name)]
+    report = "evaluation" if c.attacks else "-".join(asked).replace("_", "-")
+    file = stem.with_name(f"{stem.name}-{report}.json")
     before = read_report(file, weights)         # a damaged one is refused before the work
     probe(stem.parent)
     images, labels = train.load_data(c)["test"]
@@ -72,9 +74,11 @@ def main(words):
 
 def probe(folder):
     """UserError if nothing can be written into a folder: that is said before the work."""
-    path = folder / f".probe-{os.getpid()}"
-    train.write(path, "")
-    path.unlink(missing_ok=True)                # the first process alone wrote
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise train.UserError(f"{folder}: nothing can be written there ({e.strerror}); make room, "
+                              "or copy the checkpoint to another folder") from e
 
 
 def counts(text):
@@ -203,7 +207,7 @@ def measure(model, images, labels, kept, specs, variants, label="{spec}", source
     train.say(f"\n{'attack':24} {'accuracy':>9}   95 % interval        n   seconds")
     rows = []
     for spec, c in product(specs, variants):
-        start = time.monotonic()
+        kept.seconds = 0.0
         found = train.survivors(model, images, labels, spec, attacks_named(spec, c), c, place, kept,
                                 source)                                     # (1 + attacks, n)
         stages = [f": {name}" for name in autoattack.ENSEMBLES.get(spec, ())]
@@ -211,7 +215,7 @@ def measure(model, images, labels, kept, specs, variants, label="{spec}", source
             n = len(right)
             share = float(right.double().mean())
             low, high = interval(int(right.sum()), n)
-            seconds = None if stage else round(time.monotonic() - start, 1)
+            seconds = None if stage else round(kept.seconds, 1)
             rows.append({"attack": ("transfer: " if source else "") + spec + stage,
                          "accuracy": share, "low": low, "high": high, "n": n, "seconds": seconds,
                          "eps": c.eps, "alpha": c.alpha, "seed": c.seed, "source": weights,
@@ -315,11 +319,11 @@ def read_report(file, weights):
                               "would be replaced; mend it, or move it away") from None
 
 
-class Kept(dict):
+class Kept:
     """Finished batches, for train.survivors: {key: right, (1 + attacks, b)}; also lines of a file.
 
     The file outlives a cut. Its name stands for all that its lines depend on: weights, images,
-    settings, code.
+    settings, code. seconds is what the batches have cost that were taken since it was set to 0.
     """
 
     def __init__(self, stem, images, labels, weights, c):
@@ -328,18 +332,30 @@ class Kept(dict):
         what = digest(images, labels, weights, *(file.read_bytes() for file in code),
                       torch.__version__, train.world(), vars(c))
         self.path = stem.with_name(f"{stem.name}-{what}-{train.rank()}.part")
+        self.batches = {}
+        self.seconds = 0.0
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for line in text.splitlines():
             # What has another sum is half a line, where the cut was, or damaged.
             checksum, _, record = line.partition(" ")
             if checksum == digest(record):
                 batch = json.loads(record)
-                super().__setitem__(batch["key"], torch.tensor(batch["right"]) == 1)
+                self.batches[batch["key"]] = torch.tensor(batch["right"]) == 1, batch["seconds"]
+
+    def __contains__(self, key):
+        self.asked = time.monotonic()
+        return key in self.batches
+
+    def __getitem__(self, key):
+        right, seconds = self.batches[key]
+        self.seconds += seconds
+        return right
 
     def __setitem__(self, key, right):
-        """Adds a batch, also to the file."""
-        super().__setitem__(key, right)
-        record = json.dumps({"key": key, "right": right.int().tolist()})
+        """Keeps a batch that was measured since __contains__ asked for it."""
+        seconds = time.monotonic() - self.asked
+        self.batches[key] = right, seconds
+        record = json.dumps({"key": key, "right": right.int().tolist(), "seconds": seconds})
         try:
             with train.open_to_append(self.path) as f:
                 f.write(f"\n{digest(record)} {record}")

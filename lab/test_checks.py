@@ -174,7 +174,7 @@ def test_checks_are_printed_written_and_decide_the_exit_code(trained, capsys, mo
         assert evaluates(trained[0], "--checks") == int(fails)
         out = capsys.readouterr().out
         assert f"{'FAIL' if fails else 'pass'}  forward deterministic" in out and "n = 20" in out
-        found = report(trained[0])
+        found = report(trained[0], "checks")
         assert [f["passed"] for f in found["checks"]] == [not fails] + 10 * [True]
         assert found["rows"] == []
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,7 @@ def test_models_on_different_images_are_not_compared(compare):
 def test_of_one_measurement_the_new_value_stays(trained):
     words = ["--evaluate", str(trained[0]), "--attacks", "fgsm,clean", "--test-size", "19"]
     file = trained[0].with_name("best-evaluation.json")
+    file.unlink(missing_ok=True)
     found = []
     for _ in range(2):
         assert train.main(words) == 0
@@ -371,7 +373,7 @@ def test_eps_alone_takes_the_step_along(words, alpha, trained):
 
 def test_without_attacks_only_what_is_asked_for_is_measured(trained):
     assert evaluates(trained[0], "--steps-sweep", "1") == 0
-    assert [r["attack"] for r in report(trained[0])["rows"]] == ["pgd-1"]
+    assert [r["attack"] for r in report(trained[0], "steps-sweep")["rows"]] == ["pgd-1"]
 
 
 def test_a_measurement_that_is_asked_for_twice_is_kept_once(trained):
@@ -449,18 +451,22 @@ def kept_at(stem, seed=0):
     return evaluate.Kept(stem, torch.zeros(2), torch.zeros(2), "weights", c)
 
 
-def test_kept_batches_come_back(tmp_path):
+def test_kept_batches_come_back_with_their_seconds(tmp_path, monkeypatch):
+    clock = iter([10.0, 13.5, 20.0, 20.25])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     kept, right = kept_at(tmp_path / "best"), torch.tensor([[True, False], [False, False]])
     for key in "ab":
+        assert key not in kept                                              # as train.survivors
         kept[key] = right
     again = kept_at(tmp_path / "best")
-    assert list(again) == ["a", "b"]
     assert torch.equal(again["a"], right) and torch.equal(again["b"], right)
-    assert kept_at(tmp_path / "best", seed=1) == {}                         # another evaluation
+    assert again.seconds == 3.75 and "c" not in again.batches
+    assert kept_at(tmp_path / "best", seed=1).batches == {}                 # another evaluation
 
 
 def test_lines_that_are_no_whole_batch_are_ignored(tmp_path):
     kept = kept_at(tmp_path / "best")
+    assert "a" not in kept
     kept["a"] = torch.tensor([[True]])
     line = kept.path.read_bytes().strip()
     foreign = [line[:at] for at in range(len(line))]
@@ -473,7 +479,7 @@ def test_lines_that_are_no_whole_batch_are_ignored(tmp_path):
                 b'{"key": ["x"], "right": [[1]], "seconds": 1}',
                 b'{"key": "x", "right": [[1]], "seconds": 1' + 400 * b"0" + b"}"]
     kept.path.write_bytes(b"\n".join([*foreign, line, *foreign]))
-    assert list(kept_at(tmp_path / "best")) == ["a"]
+    assert list(kept_at(tmp_path / "best").batches) == ["a"]
 
 
 @pytest.mark.parametrize("change", ["weights", "images", "n", "seed", "batch", "code"])

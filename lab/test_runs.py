@@ -323,7 +323,7 @@ def test_resume_refuses_what_is_no_run(tmp_path, capsys):
     for job, path, message in (
             ("--resume", tmp_path / "run" / "best.pt", "a run goes on from the last.pt of its"),
             ("--resume", tmp_path / "weights", "its last.pt holds weights for --evaluate"),
-            ("--resume", tmp_path / "empty", "there is no run; leave the flag out"),
+            ("--resume", tmp_path / "empty", "there is no run in this folder"),
             ("--resume", tmp_path / "misfit", "does not fit the model that its settings"),
             ("--evaluate", tmp_path / "misfit", "does not fit the model that its settings"),
             ("--analyse", tmp_path / "misfit", "does not fit the model that its settings"),

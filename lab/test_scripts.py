@@ -91,7 +91,7 @@ def test_the_demo_trains_without_and_with_ads(script, monkeypatch, capsys, tmp_p
         data=torch.randint(256, (70, 28, 28), dtype=torch.uint8), targets=torch.arange(70) % 10))
     demo(script, monkeypatch, tmp_path, "--epochs", "1", "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("MNIST: 70 training and 70 test images, PGD-AT, eps 0.1")
+    assert lines[0].startswith("MNIST: 70 training, 70 test images, PGD-AT, eps 0.1, step 0.04")
     assert [line.split("A")[0] for line in lines[2:]] == ["without ", "with "]
     for line in lines[2:]:
         assert re.search(r"AdS +[\d,]+ +[\d.]+% +[\d.]+%$", line)

@@ -98,7 +98,7 @@ def main(where, *words):
     if where == "model":
         with replaced(flat):
             return train.main(words)
-    s4_adv.pgd = partial(pgd_with, {"attack": flat, "slope": slope}[where])
+    s4_adv.pgd = train.pgd = partial(pgd_with, {"attack": flat, "slope": slope}[where])
     return train.main(words)
 
 
