@@ -66,7 +66,7 @@ def test_the_table_of_the_readme_is_that_of_the_runs():
 
 
 # (h) of the findings: what stands in the middle of the block -> the name of its runs.
-MIDDLES = {"nothing": "s4", "activation alone, ReLU": "s4-relu",
+MIDDLES = {"nothing": "s4", "nothing, 102 channels": "s4-wide", "activation alone, ReLU": "s4-relu",
            "activation alone, GELU": "s4-gelu", "MLP, ReLU": "s4-mlp_relu",
            "MLP, GELU": "s4-mlp", "GLU, ReLU": "s4-glu_relu", "GLU, GELU": "s4-glu",
            "scale alone, ReLU": "s4-scale", "AdS, ReLU": "s4-ads", "AdS, GELU": "s4-ads_gelu"}
@@ -102,8 +102,8 @@ def middle_row(run):
     cells = []
     for families in (CONSTANT, ("mnist-step-falling",)):
         clean, pgd, auto = outcomes(families, run)
-        cells.append(f"{mean(clean):.1f} / {mean(pgd):.1f}")
-        cells.append(", ".join(f"{accuracy:.1f}" for accuracy in auto))
+        cells += [f"{mean(clean):.1f} / {mean(pgd):.1f}" if clean else "not run",
+                  ", ".join(f"{accuracy:.1f}" for accuracy in auto) or "not run"]
     return cells
 
 
@@ -184,7 +184,7 @@ def test_the_findings_on_autoattack_in_the_readme_are_those_of_the_runs():
     kept = [float(cell) for cells in dip_row("GLU")[1:] for cell in cells.split(", ")]
     assert f"GLU keeps {span(kept)} %" in prose()
     relu = "S4 + GLU with ReLU"
-    assert f"leaves it {falling['S4 + AdS']} %, S4 {falling['S4']}." in text
+    assert f"leaves it {falling['S4 + AdS']} %, S4 {falling['S4']}, an" in text
     assert (f"after falling steps a GLU with a ReLU keeps {falling[relu]} %, "
             f"the MLP with a GELU {falling['S4 + MLP']}") in text
     assert f"leaves it {constant['S4 + GLU']} %, with a ReLU {constant[relu]}." in text
@@ -468,13 +468,27 @@ def difference_row(rows, name):
 def differences_of_falling_steps(s4="s4-*seed[0-2]"):
     falling = HERE / "results" / "mnist-step-falling"
     folders = [*sorted(falling.glob(s4)), *sorted(falling.glob("attention-seed?"))]
-    return differences(*folders)
+    return differences(*(folder for folder in folders if "wide" not in folder.name))
 
 
 def test_the_differences_in_the_findings_are_those_that_the_table_prints():
     rows = differences_of_falling_steps()
     for name in MINUS_ADS:
         assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
+
+
+def test_what_a_wider_pure_s4_keeps_is_what_its_run_says():
+    ads, s4 = (differences(*(f"mnist-step-falling/{run}-seed0" for run in (over, "s4-wide")))
+               for over in ("s4-ads", "s4"))
+    left, = outcomes(("mnist-step-falling",), "s4-wide")[2]
+    (less, few, many), (same, low, high) = (
+        [f"{-float(end):.1f}" for end in (row["difference"], *row["95 % interval"].split(" to "))]
+        for row in (rows["s4", "aa", 200] for rows in (ads, s4)))
+    ten = s4["s4", "pgd-10", 2000]
+    assert (f"leaves it {left:.1f} %: {less} points less than AdS ({many} to {few}), and {same} "
+            f"less than the pure S4 with 64 channels ({high} to {low}). PGD-10 leaves it "
+            f"{ten['difference']} more than that S4 ({ten['95 % interval']}; n = 2,000)") in prose()
+    assert f"an S4 of AdS's size {left:.1f} (1" in (HERE / "README.md").read_text()
 
 
 def on_500_images(name):
