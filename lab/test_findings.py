@@ -486,7 +486,8 @@ def test_what_a_wider_pure_s4_keeps_is_what_its_run_says():
         for row in (rows["s4", "aa", 200] for rows in (ads, s4)))
     ten = s4["s4", "pgd-10", 2000]
     assert (f"leaves it {left[0]:.1f} and {left[1]:.1f} %: {less} points less than AdS ({many} "
-            f"to {few}), and {same} less than the pure S4 with 64 channels ({high} to {low}). PGD-10 leaves it "
+            f"to {few}), and {same} less than the pure S4 with 64 channels ({high} to {low}). "
+            f"PGD-10 leaves it "
             f"{ten['difference']} more than that S4 ({ten['95 % interval']}; n = 2,000)") in prose()
     assert f"an S4 of AdS's size {mean(left):.1f} (2\n" in (HERE / "README.md").read_text()
 
@@ -531,9 +532,9 @@ def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
         assert f"{min(found):g} to {max(found):g} {name}" in text, name
     assert gaps["mnist-lr/s4-lr3e-2-seed0"] == 23
     falling = [gap for key, gap in gaps.items() if key.startswith("mnist-step-falling/")]
-    last = gaps["mnist-all/s4-glu-seed0"]
-    assert (f"after falling steps at most {max(falling):g} of any ({last:g} of a GLU with GELU and "
-            f"all of MNIST).") in text and f"Square takes {last:g} points of it" in text
+    last, mamba = (gaps[f"mnist-all/{run}-seed0"] for run in ("s4-glu", "mamba"))
+    assert (f"at most {max(falling):g} of any (with all of MNIST {last:g} of a GLU with GELU, "
+            f"{mamba:g} of Mamba).") in text and f"Square takes {last:g} points of it" in text
     assert f"({gaps['mnist-all/s4-glu-constant-seed0']:g} with all of MNIST, where" in text
     none = sum(gap == 0 for key, gap in gaps.items() if key.startswith("mnist"))
     assert f"in all but {none} of those on MNIST that our tables hold" in text
