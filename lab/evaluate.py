@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import json
 import math
-import tempfile
+import os
 import time
 from functools import partial
 from itertools import product
@@ -74,11 +74,13 @@ def main(words):
 
 def probe(folder):
     """UserError if nothing can be written into a folder: that is said before the work."""
+    path = folder / f".probe-{os.getpid()}"
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        train.open_to_append(path).close()
+        path.unlink()
     except OSError as e:
-        raise train.UserError(f"{folder}: nothing can be written there ({e.strerror}); make room, "
-                              "or copy the checkpoint to another folder") from e
+        raise train.UserError(f"cannot write into {folder} ({e.strerror}); make room, or copy the "
+                              "checkpoint to another folder") from e
 
 
 def counts(text):
