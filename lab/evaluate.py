@@ -77,7 +77,7 @@ def probe(folder):
     path = folder / f".probe-{os.getpid()}"
     try:
         train.open_to_append(path).close()
-        path.unlink()
+        os.unlink(path)
     except OSError as e:
         raise train.UserError(f"cannot write into {folder} ({e.strerror}); make room, or copy the "
                               "checkpoint to another folder") from e
