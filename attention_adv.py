@@ -145,7 +145,7 @@ class Mega(nn.Module):
         y = sigmoid(update) * new + (1 - sigmoid(update)) * u
 
     The paper calls sigmoid(update) phi, SiLU(shared) Z, SiLU(reset) gamma, mixed O, new H^. Here Z
-    and gamma mean other things, see below. The SiLU around EMA stands in Mega's code only.
+    is d_attn, and `gamma` is the paper's kappa. The SiLU around EMA stands in Mega's code only.
 
     d_model       int         channels H
     d_state       int         states N of the moving average
@@ -198,7 +198,7 @@ class Mega(nn.Module):
         update, shared, reset, candidate = self.split_gates(u)
         mixed = self.attention(F.silu(shared)) @ F.silu(self.values(u))     # (B, L, V)
         new = F.silu(candidate + self.out(self.middle(mixed * F.silu(reset))))      # (B, L, H)
-        phi = torch.sigmoid(update).to(u.dtype)                             # no bf16 in u's weights
+        phi = torch.sigmoid(update).to(u.dtype)             # under bf16, too: 1 - phi is exact
         return phi * new + (1 - phi) * u
 
 
@@ -424,8 +424,8 @@ def accuracy(model, batches, attack=None):
 def param_groups(model, weight_decay):
     """Groups for AdamW: weights of Linear and Conv layers decay, all other parameters do not.
 
-    Decay would pull log dt to 0, so dt to 1: ten times S4's largest at the start. Mamba's `select`
-    and `step` are Linear layers, and do decay. In the authors' models all parameters decay.
+    Decay would pull log dt to 0, so dt to 1: ten times S4's largest at the start. In Mamba the
+    Linear layers `select` and `step` do decay. In the authors' models all parameters decay.
     """
     decaying = set()
     for module in model.modules():
@@ -463,12 +463,11 @@ def frozen(model):
 
 
 def once(module, key, make):
-    """make(), a function of the module's weights; within `frozen` its last result serves again.
+    """make(), a function of the module's weights; within `frozen` a key's result serves again.
 
-    It is made anew for another key, and when a weight is another tensor or was changed in place:
-    then its address or its version counter differs. (.data and fused optimisers do not move the
-    counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
-    torch.compile traces. Autocast is off: kernels need all their bits.
+    All is made anew when a weight is another tensor or was changed in place: its address or version
+    counter differs. (.data and fused optimisers move neither: keep them out of `frozen`.) Nothing
+    is kept while a weight wants a gradient or torch.compile traces. Autocast would cut bits.
     """
     # The replicas that nn.DataParallel makes on GPUs list no parameters: there weights is empty.
     weights = [*module.parameters(), *module.buffers()]
@@ -476,13 +475,14 @@ def once(module, key, make):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
                 or any(w.requires_grad or w.is_inference() for w in weights)):
             return make()
-        state = [key, *((w.data_ptr(), w._version) for w in weights)]
-        if module.kept.get("state") != state:
-            with torch.inference_mode(False):                           # an attack may follow
+        state = [(w.data_ptr(), w._version) for w in weights]
+        with torch.inference_mode(False):                               # an attack may follow
+            if module.kept.get("state") != state:
                 # While these are held no other tensor can take their addresses.
-                held = [w.detach() for w in weights]
-                module.kept = {"state": state, "held": held, "result": make()}
-        return module.kept["result"]
+                module.kept = {"state": state, "held": [w.detach() for w in weights]}
+            if key not in module.kept:
+                module.kept[key] = make()
+        return module.kept[key]
 
 
 # --- The demo ---
@@ -491,7 +491,7 @@ def demo(parser, make_model):
     """PGD-AT on MNIST, quicker than the paper's, without and with AdS; prints a table."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
                         help="folder that holds MNIST/raw")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:

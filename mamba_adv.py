@@ -16,8 +16,8 @@ Papers     AdS    Qi et al. 2024, arXiv 2406.05532          PGD   Madry et al. 2
                                                             FGSM  Goodfellow et al. 2015, 1412.6572
 Glossary   B batch, L tokens, H = d_model channels, d = 2 H inner channels, N = d_state states of
            each; in the scan, where B is a matrix, the batch size is b
-           z tokens, u (B, L, d) input of the scan, y its output, x image, delta its perturbation
-           A B C D the paper's matrices, dt step size, h state (B, d, N)
+           z tokens, u (b, L, d) input of the scan, y its output, x image, delta its perturbation
+           A B C D the paper's matrices, dt step size, h state (b, d, N)
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
 Not here   other data sets, FreeAT, YOPO, checkpoints, strong evaluation: train.py. A GPU's own
            kernel for the scan: lab/triton_scan.py, taken where it is there. Dropout, warm-up, input
@@ -426,8 +426,8 @@ def accuracy(model, batches, attack=None):
 def param_groups(model, weight_decay):
     """Groups for AdamW: weights of Linear and Conv layers decay, all other parameters do not.
 
-    Decay would pull log dt to 0, so dt to 1: ten times S4's largest at the start. Mamba's `select`
-    and `step` are Linear layers, and do decay. In the authors' models all parameters decay.
+    Decay would pull log dt to 0, so dt to 1: ten times S4's largest at the start. In Mamba the
+    Linear layers `select` and `step` do decay. In the authors' models all parameters decay.
     """
     decaying = set()
     for module in model.modules():
@@ -465,12 +465,11 @@ def frozen(model):
 
 
 def once(module, key, make):
-    """make(), a function of the module's weights; within `frozen` its last result serves again.
+    """make(), a function of the module's weights; within `frozen` a key's result serves again.
 
-    It is made anew for another key, and when a weight is another tensor or was changed in place:
-    then its address or its version counter differs. (.data and fused optimisers do not move the
-    counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
-    torch.compile traces. Autocast is off: kernels need all their bits.
+    All is made anew when a weight is another tensor or was changed in place: its address or version
+    counter differs. (.data and fused optimisers move neither: keep them out of `frozen`.) Nothing
+    is kept while a weight wants a gradient or torch.compile traces. Autocast would cut bits.
     """
     # The replicas that nn.DataParallel makes on GPUs list no parameters: there weights is empty.
     weights = [*module.parameters(), *module.buffers()]
@@ -478,13 +477,14 @@ def once(module, key, make):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
                 or any(w.requires_grad or w.is_inference() for w in weights)):
             return make()
-        state = [key, *((w.data_ptr(), w._version) for w in weights)]
-        if module.kept.get("state") != state:
-            with torch.inference_mode(False):                           # an attack may follow
+        state = [(w.data_ptr(), w._version) for w in weights]
+        with torch.inference_mode(False):                               # an attack may follow
+            if module.kept.get("state") != state:
                 # While these are held no other tensor can take their addresses.
-                held = [w.detach() for w in weights]
-                module.kept = {"state": state, "held": held, "result": make()}
-        return module.kept["result"]
+                module.kept = {"state": state, "held": [w.detach() for w in weights]}
+            if key not in module.kept:
+                module.kept[key] = make()
+        return module.kept[key]
 
 
 # --- The demo ---
@@ -493,7 +493,7 @@ def demo(parser, make_model):
     """PGD-AT on MNIST, quicker than the paper's, without and with AdS; prints a table."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
                         help="folder that holds MNIST/raw")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:

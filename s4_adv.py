@@ -53,9 +53,9 @@ def hippo_legs(N):
 
     N  int  number of states. A_nk = -sqrt(2n+1) sqrt(2k+1) for n > k, -(n+1) for n = k, else 0.
 
-    Returns lam, P = V* p, B = V* b (N,), V (N, N), complex128, with b_n = sqrt(2n+1), sorted by
-    the imaginary part of lam: the second half of an even N holds one of each conjugate pair.
-    With p_n = sqrt(n + 1/2), A + p p^T is -1/2 plus a skew matrix, hence normal, and V unitary.
+    With p_n = sqrt(n + 1/2), b_n = sqrt(2n+1): A + p p^T is -1/2 plus a skew matrix, hence normal,
+    and V unitary. Returns lam, P = V* p, B = V* b (N,), V (N, N), complex128, sorted by the
+    imaginary part of lam: the second half of an even N holds one of each conjugate pair.
     """
     n = torch.arange(N, dtype=torch.float64)
     p = (n + 0.5).sqrt()
@@ -95,7 +95,7 @@ def parameter(z):
 def apply_kernel(ssm, u):
     """y_t = sum_s K_s u_{t-s} with K = ssm.kernel(L), by FFTs of length 2L: nothing wraps around.
 
-    u  (B, L, H)  input        returns (B, L, H).   Within `frozen` the FFT of K is made once.
+    u  (B, L, H)  input        returns (B, L, H).   `once`: within an attack one FFT of K serves.
     """
     if len(u) == 0:
         return u                                            # MKL's FFT refuses an empty batch
@@ -123,7 +123,7 @@ class S4(nn.Module):
 
     (B, L, H) -> (B, L, H). As in the paper (App. C.3) the learned output matrix is
     C~ = C (1 - A'^L), so that the kernel needs no power of A'. C then depends on L: at another
-    length the same weights are another model.
+    length the same weights are another model, and no error says so.
     """
 
     def __init__(self, d_model, d_state=64):
@@ -379,7 +379,7 @@ class Classifier(nn.Module):
     d_model, d_state        int         channels H, states N of a sequence map
     n_layers, patch_size    int         blocks; a token is a patch of patch_size^2 pixels, by rows
     ads, control            str | None  see ads.middle
-    ssm                     str         "s4" | "dss" | "s5" (Qi et al.: with d_state = d_model)
+    ssm                     str         "s4" | "dss" | "s5"; give S5 d_state = d_model, as Qi et al.
 
     Images (B, C, h, w) in [0, 1] -> logits (B, n_classes).  ValueError if patches do not fill them.
     """
@@ -571,8 +571,8 @@ def accuracy(model, batches, attack=None):
 def param_groups(model, weight_decay):
     """Groups for AdamW: weights of Linear and Conv layers decay, all other parameters do not.
 
-    Decay would pull log dt to 0, so dt to 1: ten times S4's largest at the start. Mamba's `select`
-    and `step` are Linear layers, and do decay. In the authors' models all parameters decay.
+    Decay would pull log dt to 0, so dt to 1: ten times S4's largest at the start. In Mamba the
+    Linear layers `select` and `step` do decay. In the authors' models all parameters decay.
     """
     decaying = set()
     for module in model.modules():
@@ -610,12 +610,11 @@ def frozen(model):
 
 
 def once(module, key, make):
-    """make(), a function of the module's weights; within `frozen` its last result serves again.
+    """make(), a function of the module's weights; within `frozen` a key's result serves again.
 
-    It is made anew for another key, and when a weight is another tensor or was changed in place:
-    then its address or its version counter differs. (.data and fused optimisers do not move the
-    counter: keep them out of `frozen`.) Nothing is kept while a weight wants a gradient or where
-    torch.compile traces. Autocast is off: kernels need all their bits.
+    All is made anew when a weight is another tensor or was changed in place: its address or version
+    counter differs. (.data and fused optimisers move neither: keep them out of `frozen`.) Nothing
+    is kept while a weight wants a gradient or torch.compile traces. Autocast would cut bits.
     """
     # The replicas that nn.DataParallel makes on GPUs list no parameters: there weights is empty.
     weights = [*module.parameters(), *module.buffers()]
@@ -623,13 +622,14 @@ def once(module, key, make):
         if (torch.compiler.is_compiling() or not weights or not hasattr(module, "kept")
                 or any(w.requires_grad or w.is_inference() for w in weights)):
             return make()
-        state = [key, *((w.data_ptr(), w._version) for w in weights)]
-        if module.kept.get("state") != state:
-            with torch.inference_mode(False):                           # an attack may follow
+        state = [(w.data_ptr(), w._version) for w in weights]
+        with torch.inference_mode(False):                               # an attack may follow
+            if module.kept.get("state") != state:
                 # While these are held no other tensor can take their addresses.
-                held = [w.detach() for w in weights]
-                module.kept = {"state": state, "held": held, "result": make()}
-        return module.kept["result"]
+                module.kept = {"state": state, "held": [w.detach() for w in weights]}
+            if key not in module.kept:
+                module.kept[key] = make()
+        return module.kept[key]
 
 
 # --- The demo ---
@@ -638,7 +638,7 @@ def demo(parser, make_model):
     """PGD-AT on MNIST, quicker than the paper's, without and with AdS; prints a table."""
     parser.add_argument("--data-dir", type=os.path.expanduser, default="./data",
                         help="folder that holds MNIST/raw")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 def attack(search):
     """search(model, x, y, eps, ...) with what all attacks share: checked input, a frozen model.
 
-    ValueError for images (rounding by 1e-6 may stay) or eps outside [0, 1]. An empty batch comes
-    back without a call of the model. The search runs in eval mode, weights without gradients;
-    afterwards, also at an error, both are as before.
+    ValueError for images (rounding by 1e-6 may stay) or eps outside [0, 1]. An empty batch calls no
+    model. Within: eval mode, no gradients of weights; afterwards, also at an error, as before.
     """
+    @torch.inference_mode(False)
     @wraps(search)
     def checked(model, x, y, eps, *args, **options):
         if not ((x >= -1e-6) & (x <= 1 + 1e-6)).all():
@@ -42,7 +42,7 @@ def attack(search):
         wishes = [(weight, weight.requires_grad) for weight in model.parameters()]
         try:
             model.eval().requires_grad_(False)
-            return search(model, x.detach(), y, eps, *args, **options)
+            return search(model, x.detach().clone(), y.clone(), eps, *args, **options)
         finally:
             for module, training in modes:
                 module.training = training

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations
 import ads
 import attention_adv
 import mamba_adv
+from lab import autoattack
 from test_all import (ALPHA, EPS, HERE, KERNELS, MAPS, MODELS, Spy, close, images, linear, run,
                       same_gradients, scan_inputs, scrambled, smooth, tiny)
 
@@ -349,16 +350,20 @@ def test_a_weight_that_is_parametrised_keeps_its_decay(script, wrap):
     assert set(rest) == {"0.bias", "1.weight", "1.bias", "2.bias"}
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd", "kl_pgd"])
+STRONG = {"apgd_ce": 3, "fab_t": 3, "square": 9}             # with so many steps
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "kl_pgd", *STRONG])
 def test_an_attack_under_inference_mode_is_that_without_it(name, attack):
     script, model, results = MODELS[name], tiny(name), []
+    search = getattr(autoattack if attack in STRONG else script, attack)
     for inference in (False, True):
         torch.manual_seed(0)
         with torch.inference_mode(inference):
             x, y = images()                                             # inference tensors, too
             labels = [] if attack == "kl_pgd" else [y]
-            rest = [EPS] if attack == "fgsm" else [EPS, ALPHA, 3]
-            results.append(getattr(script, attack)(model, x, *labels, *rest))
+            rest = {"fgsm": [EPS], "pgd": [EPS, ALPHA, 3], "kl_pgd": [EPS, ALPHA, 3]}
+            results.append(search(model, x, *labels, *rest.get(attack, [EPS, STRONG.get(attack)])))
     assert torch.equal(*results)
 
 
@@ -399,6 +404,20 @@ def test_a_module_without_weights_as_data_parallel_makes_them_keeps_nothing(name
     with script.frozen(module):
         assert [script.once(module, 0, lambda: made.append(1) or len(made)) for _ in "ab"] == [1, 2]
     assert script.once(module, 0, lambda: 7) == 7
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_two_results_of_one_module_are_kept_side_by_side_until_a_weight_changes(name):
+    script, module = MODELS[name], nn.Linear(1, 1).requires_grad_(False)
+    module.kept = {}
+
+    def make(key):
+        return script.once(module, key, lambda: made.append(key) or key)
+    with script.frozen(nn.Sequential(module)):
+        for _ in range(2):
+            made = []
+            assert [make(key) for key in (3, 5, 3, 5)] == [3, 5, 3, 5] and made == [3, 5]
+            module.weight.mul_(2)
 
 
 @pytest.mark.parametrize("name", KERNELS)
