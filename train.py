@@ -91,7 +91,7 @@ class UserError(Exception):
 
 
 def laboratory(name, asked):
-    """The module lab/NAME.py.  UserError if lab/ is not there.   asked: what the user gave"""
+    """The module lab/NAME.py.  UserError if it is not there.   asked: what the user gave"""
     try:
         return importlib.import_module(f"lab.{name}")
     except ModuleNotFoundError as e:
@@ -159,7 +159,7 @@ def torchvision_data(name, root):
     folder = Path(root) / {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[name]
     archives = {"mnist": "MNIST/raw/*.gz", "cifar10": "cifar-10-python.tar.gz"}[name]
     n_train = {"mnist": 60_000, "cifar10": 50_000}[name]
-    absent = not folder.exists()
+    absent = not any(path.is_file() for path in folder.rglob("*"))
     tensors = []
     try:
         unpack = absent or any(Path(root).glob(archives))
@@ -280,8 +280,8 @@ def yopo_backward(model, x, y, eps, alpha, passes, inner):
     descends the Hamiltonian H = <p, embed(x_adv)> n times:
         x_adv  <-  Proj(x_adv - alpha sign grad_x H)     Zhang et al. 2019 (YOPO), Alg. 1, Sec. 3
     The embedding's weights ascend H, all others descend the loss, by the mean gradient of the m
-    passes. Returns their mean loss. AdamW works number by number, so that one optimiser over both
-    sets of weights is the same as one for each.
+    passes. Returns their mean loss. AdamW treats each number by itself, so that one optimiser over
+    both sets of weights equals one for each.
     """
     x_adv = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     total_loss = 0.0
@@ -365,7 +365,7 @@ def load(path):
 
 
 def load_model(state, path, device="cpu"):
-    """The model of a checkpoint's state.  UserError if the weights are of another."""
+    """The model of a checkpoint's state.  UserError if the weights are of another model."""
     model = build(SimpleNamespace(**state["config"] | {"device": device}))
     put_weights(model, state["model"], path)
     return model.eval()
@@ -373,16 +373,10 @@ def load_model(state, path, device="cpu"):
 
 def put_weights(model, weights, path):
     try:
-        for prefix in ("module.", "_orig_mod."):
-            if next(iter(weights)).startswith(prefix):
-                raise UserError(f"{path}: the names of its weights begin with '{prefix}', as "
-                                "DataParallel and torch.compile write them; save {name.removeprefix"
-                                f"('{prefix}'): w for name, w in state['model'].items()}} as "
-                                "state['model'] instead")
         model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError) as e:
         raise UserError(f"{path}: the checkpoint does not fit the model that its settings describe "
-                        f"({str(e).splitlines()[0]}); take another") from None
+                        f"({str(e).splitlines()[-1].strip()[:100]}); take another") from None
 
 
 def write(path, content):
@@ -398,8 +392,7 @@ def write(path, content):
         torch.save(content, buffer)
         content = buffer.getvalue()
     try:
-        part.unlink(missing_ok=True)            # a link that somebody planted is not followed
-        with open(part, "xb") as f:
+        with open(part, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
@@ -409,13 +402,6 @@ def write(path, content):
             part.unlink()
         raise UserError(f"cannot write {path} ({e.strerror}); what was there before is whole: make "
                         "room, or choose another folder; a run goes on with --resume") from e
-
-
-def open_to_append(path):
-    """A file that may be there; a link is not followed."""
-    def open_no_link(name, flags):
-        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    return open(path, "a", opener=open_no_link)
 
 
 def write_csv(path, rows):
@@ -509,6 +495,8 @@ def restore(run, state):
                 and len(run.rows) == run.epoch <= run.epochs):
             raise ValueError("its numbers do not go together")
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        if lacks_memory(e):
+            raise
         raise UserError(f"--resume {run.c.out}: the checkpoint is damaged ({e}); start again with "
                         "another --out") from None
     if run.best is not None:
@@ -639,14 +627,13 @@ def train_epoch(run, images, labels):
 
 def show_progress(run):
     """The live line: only on a terminal."""
-    if rank() == 0 and on_terminal():
+    if on_terminal():
         per_batch = run.seconds / run.batch
         left = (run.batches - run.batch) * per_batch
         later = (run.epochs - run.epoch - 1) * run.batches * per_batch
         seen = min(run.batch * run.c.batch_size, run.n)
-        print(f"\r{run.epoch + 1:5d}  batch {run.batch}/{run.batches}  loss {run.loss / seen:.3f}  "
-              f"{clock(left)} left of the epoch, {clock(left + later)} of the run \033[K", end="",
-              flush=True)
+        say(f"\r{run.epoch + 1:5d}  batch {run.batch}/{run.batches}  loss {run.loss / seen:.3f}  "
+            f"{clock(left)} left of the epoch, {clock(left + later)} of the run \033[K", end="")
 
 
 def clock(seconds):
@@ -662,6 +649,7 @@ def stop_at_signal(run):
         if not run.busy:                                                # measuring: nothing to lose
             raise KeyboardInterrupt
         run.asked = True
+        os.write(2, b"\nstopping after this batch; a second signal ends at once\n")
     at_signals(note, note)
 
 
@@ -748,9 +736,9 @@ def keep_best(run, row):
 
 def hint(run):
     """Says, once, that the first three epochs that were measured have not led above chance."""
-    found = [row[f"{run.c.select}_clean"] for row in run.rows]
-    known = [accuracy for accuracy in found if accuracy is not None]
-    third = len(known) == 3 and found[-1] is not None
+    key = f"{run.c.select}_clean"
+    known = [row[key] for row in run.rows if row[key] is not None]
+    third = len(known) == 3 and run.rows[-1][key] is not None
     if third and max(known) < 1.5 / run.c.classes and run.epoch < run.epochs:
         say(f"hint: after {run.epoch} epochs accuracy is still that of chance; if it stays there, "
             "train anew with --eps-warmup, which begins with small eps, or another --lr")
@@ -996,7 +984,8 @@ def add_flags(p, only=None):
             p.add_argument(*names.split(), type=kind, help=f"{help} (default: {shown or default})",
                            **kw)
             defaults[dest] = None if default == BY_DATA else default
-    flag("--model", str, "s4", "sequence model, or cnn, vit: plain networks to compare with",
+    plain = ", or cnn, vit: plain networks to compare with" if only is None else ""
+    flag("--model", str, "s4", f"sequence model (attention: Mega){plain}",
          choices=(*SCRIPTS, *BASELINES) if only is None else tuple(SCRIPTS))
     flag("--ads", str, None, "Adaptive Scaling after each sequence map, with this activation",
          "no AdS; relu if given without a word", nargs="?", const="relu",
@@ -1046,13 +1035,13 @@ def add_flags(p, only=None):
          "these four in turn; aa-fast: the first two", "clean,pgd-10", metavar="A,B")
     flag("--seed", int, 0, "fixes weights, order, augmentation and attacks")
     flag("--device", str, None, "cpu, cuda, cuda:1, ...", "cuda if there is one")
-    flag("--precision", str, "fp32", "bf16: of products in training; kernels, states and "
+    flag("--precision", str, "fp32", "bf16: products in training; kernels, states and "
          "evaluation stay fp32", choices=("fp32", "bf16"))
-    flag("--out", os.path.expanduser, None, "log.csv, config.json, last.pt, best.pt, result.json",
-         "runs/NAME", metavar="DIR")
+    flag("--out", os.path.expanduser, None, "folder of log.csv, config.json, last.pt, best.pt, "
+         "result.json", "runs/NAME", metavar="DIR")
     flag("--resume", str, None, "go on with the run in --out, or in PATH (a run's folder or its "
          "last.pt)", "a new run", nargs="?", const=True, metavar="PATH")
-    flag("--save-every", float, 10.0, "checkpoint inside an epoch", metavar="MINUTES")
+    flag("--save-every", float, 10.0, "between two checkpoints inside an epoch", metavar="MINUTES")
     return defaults
 
 
@@ -1104,6 +1093,8 @@ def check(c):
         refuse("alphas", "they must lie in [0, 1], pixel units; 2/255, not 2")
     if c.alphas and (c.method not in ("pgd", "trades") or len(c.alphas) != c.steps):
         refuse("alphas", f"give one for each of the {c.steps} --steps, with --method pgd or trades")
+    if c.eps and 0 in (c.alpha, max(c.alphas or [1])):
+        raise UserError("--alpha or --alphas 0: the attack would not move; give steps above 0")
     if not 0 < c.lr < 1e30:
         refuse("lr", "it must be a number above 0, below 1e30")
     if not all(1 <= n < 2 ** 31 for n in c.yopo):
@@ -1126,7 +1117,7 @@ def check(c):
 
 
 def refuse_idle(c, given):
-    """UserError for a given flag without effect, and for an attack in training that is none."""
+    """UserError for a given flag without effect, and for --steps 0 of a method that attacks."""
     for name, owners in OWNERS.items():
         if name in given and not {c.method, c.model} & set(owners):
             kind = "method" if owners[0] in METHODS else "model"
@@ -1136,15 +1127,15 @@ def refuse_idle(c, given):
     if c.method in OWNERS["steps"] and c.steps == 0:
         raise UserError(f"--steps 0: --method {c.method} would train on noise, not on an attack; "
                         "use --method standard")
-    if c.eps and 0 in (c.alpha, max(c.alphas or [1])):
-        raise UserError("--alpha or --alphas 0: the attack would not move; give steps above 0")
 
 
 def check_device(c):
     """UserError if there is no such device, or if it cannot do c.precision."""
     try:
         float(torch.zeros(1, device=c.device))                              # fails on meta, too
-    except Exception:                           # each backend has its own
+    except Exception as e:                      # each backend has its own
+        if lacks_memory(e):
+            raise
         raise UserError(f"--device {c.device}: there is no such device here; leave it out, or give "
                         "cpu") from None
     gpu = torch.device(c.device).type == "cuda"
@@ -1175,6 +1166,7 @@ def resumed(c, given):
         raise UserError(f"--resume {folder}: it has {there[0]}, but no last.pt to go on from; "
                         "train anew with another --out")
     if not there and c.resume is True:
+        say(f"--resume: there is no run in {folder} yet; a new one begins")
         return c, None
     if not there:
         raise UserError(f"--resume {folder}: there is no run in this folder; leave the flag out to "
@@ -1184,6 +1176,8 @@ def resumed(c, given):
         raise UserError(f"--resume {folder}: its last.pt holds weights for --evaluate, not a run")
     c = checkpoint_settings(c, given, state, folder, MAY_CHANGE)
     c.out = str(folder)
+    if "device" not in given and state["config"].get("device") == "cpu":
+        c.device = "cpu"                        # a GPU that is there would give other bits
     return c, state
 
 
@@ -1192,8 +1186,9 @@ def checkpoint_settings(c, given, state, path, free):
     given flag differs from it."""
     config = state["config"]
     for k, v in given.items():
-        if k not in (*free, "resume", "out") and config.get(k, v) != v:
-            raise UserError(f"--{k.replace('_', '-')} {v}: {path} was trained with {config[k]}; "
+        if k not in (*free, "resume", "out") and config.get(k) != v:
+            there = "without it" if config.get(k) is None else f"with {config[k]}"
+            raise UserError(f"--{k.replace('_', '-')} {v}: {path} was trained {there}; "
                             "leave the flag out, or choose another run")
     own = {k: v for k, v in config.items() if k in vars(c)}
     c = SimpleNamespace(**vars(c) | own | {"device": c.device})
@@ -1204,7 +1199,7 @@ def checkpoint_settings(c, given, state, path, free):
 
 def refuse_old_run(out):
     """UserError if a run, or a part of one, is in --out already."""
-    for name in RUN_FILES:
+    for name in (*RUN_FILES, "best-evaluation.json"):                       # --table reads it, too
         if (out / name).exists():
             raise UserError(f"--out {out} holds another run ({name}); go on with it by --resume, "
                             "or choose another --out")
@@ -1217,7 +1212,7 @@ def lock(out):
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = open_to_append(out / ".lock")
+        held = open(out / ".lock", "a")
     except OSError as e:
         raise UserError(f"--out {out}: {e.filename} cannot be written ({e.strerror}); choose "
                         "another --out") from e
@@ -1277,10 +1272,12 @@ def join_processes():
     if missing:
         raise UserError(f"the environment has RANK or WORLD_SIZE, but no {missing[0]}; start the "
                         f"processes by torchrun, which sets {', '.join(TORCHRUN)}, or set none")
-    gpu = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     try:
-        dist.init_process_group("nccl" if gpu else "gloo")
-        if gpu:
+        if 0 < gpus < (wanted := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+            raise UserError(f"--nproc-per-node {wanted}: give {gpus}, one process for each GPU")
+        dist.init_process_group("nccl" if gpus else "gloo")
+        if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     except (ValueError, RuntimeError) as e:
         raise UserError(f"{', '.join(TORCHRUN)}: the processes do not come together "
@@ -1330,12 +1327,14 @@ def main(argv=None):
     except OSError as e:                        # a path, or nobody reads stdout
         if e.filename is None:
             sys.stdout = open(os.devnull, "w")
-        return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another path; a "
-                        "run goes on with --resume")
+        return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another place; a run "
+                        "goes on with --resume")
     except (MemoryError, RuntimeError) as e:
+        if dist.is_initialized() and "by peer" in str(e):
+            return complain("another process has ended; its own message says why")
         if not lacks_memory(e):
             raise
-        why = str(e).partition("\n")[0]
+        why = str(e).partition("\n")[0] or type(e).__name__
         return complain(f"memory does not suffice ({why}); try a smaller model, --batch-size, or "
                         "in training --micro-batch", alone=True)
     finally:

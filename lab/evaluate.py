@@ -76,7 +76,7 @@ def probe(folder):
     """UserError if nothing can be written into a folder: that is said before the work."""
     path = folder / f".probe-{os.getpid()}"
     try:
-        train.open_to_append(path).close()
+        open(path, "a").close()
         os.unlink(path)
     except OSError as e:
         raise train.UserError(f"cannot write into {folder} ({e.strerror}); make room, or copy the "
@@ -104,11 +104,11 @@ def settings(words):
     p.add_argument("--steps-sweep", type=counts, metavar="K,K",
                    help="PGD with these numbers of steps (default: none)")
     p.add_argument("--transfer-from", metavar="CKPT",
-                   help="pgd-10, and fgsm, pgd-K of --attacks, made on this other model")
+                   help="measure pgd-10, and fgsm, pgd-K of --attacks, made on this other model")
     p.add_argument("--images", action="store_true",
                    help="draw eight images, their perturbations and adversarial images")
-    p.epilog = """Settings that are not given are the checkpoint's; --test-size is all.
---attacks also takes pgd-official, the attack of the paper's published code.
+    p.epilog = """A flag that is not given is the checkpoint's, not the default above; --test-size
+is all. --attacks also takes pgd-official, the attack of the paper's published code.
 Beside one of the last five flags --attacks is none unless given."""
     given = {"test_size": None} | p.given(words)
     state = train.read_checkpoint(given["evaluate"], "--evaluate")
@@ -325,7 +325,7 @@ class Kept:
     """Finished batches, for train.survivors: {key: right, (1 + attacks, b)}; also lines of a file.
 
     The file outlives a cut. Its name stands for all that its lines depend on: weights, images,
-    settings, code. seconds is what the batches have cost that were taken since it was set to 0.
+    settings, code. seconds: the cost of the batches taken since it was last set to 0.
     """
 
     def __init__(self, stem, images, labels, weights, c):
@@ -359,7 +359,7 @@ class Kept:
         self.batches[key] = right, seconds
         record = json.dumps({"key": key, "right": right.int().tolist(), "seconds": seconds})
         try:
-            with train.open_to_append(self.path) as f:
+            with open(self.path, "a") as f:
                 f.write(f"\n{digest(record)} {record}")
         except OSError as e:
             raise train.UserError(f"cannot write {self.path} ({e.strerror}); copy the checkpoint "

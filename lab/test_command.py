@@ -115,6 +115,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_is_written(
                    "BROKEN/tiny-imagenet-200/train/n01/images", "BROKEN/tiny-imagenet-200/val"):
         Path(folder).mkdir(parents=True)
     for file in ("FILE", "OTHER/config.json", "BROKEN/cifar-10-batches-py/test_batch",
+                 "BROKEN/MNIST/raw/train-images-idx3-ubyte",
                  "BROKEN/tiny-imagenet-200/val/val_annotations.txt"):
         Path(file).write_text("{}")
     Path("BROKEN/tiny-imagenet-200/wnids.txt").write_text("n01\nn02\n")
@@ -140,6 +141,24 @@ def test_resume_refuses_a_flag_that_contradicts_the_run(tmp_path, capsys):
     assert train.main(["--resume", str(tmp_path / "run"), "--model", "dss"]) == 2
     assert "--model dss" in (err := capsys.readouterr().err) and "was trained with s4" in err
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_that_was_begun_on_the_cpu_goes_on_there(tmp_path, monkeypatch):
+    c, given = settings("--dataset", "synthetic", "--out", "x"), {"resume": str(tmp_path)}
+    (tmp_path / "last.pt").touch()
+    for begun, here in (("cpu", "cpu"), ("cuda", "cuda:1")):
+        state = {"optimizer": {}, "config": vars(c) | {"device": begun}}
+        monkeypatch.setattr(train, "read_checkpoint", lambda path, flag: state)
+        c.resume, c.device = str(tmp_path), "cuda:1"
+        assert train.resumed(c, given)[0].device == here
+        assert train.resumed(c, given | {"device": "cuda:1"})[0].device == "cuda:1"
+
+
+def test_a_run_is_not_begun_beside_the_evaluation_of_another(tmp_path, capsys):
+    (tmp_path / "best-evaluation.json").write_text("{}")
+    assert trains(tmp_path, *TINY) == 2
+    assert "holds another run (best-evaluation.json)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["best-evaluation.json"]
 
 
 def test_what_does_not_fit_into_memory_is_said_and_leaves_no_run(tmp_path, monkeypatch, capsys):

@@ -179,6 +179,16 @@ def test_a_data_folder_below_home_is_found(monkeypatch, tmp_path):
     assert seen == [str(tmp_path / "x")]
 
 
+def test_an_empty_folder_that_a_failed_download_left_is_not_called_damaged(monkeypatch, tmp_path):
+    def no_network(dataset):
+        (tmp_path / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
+        raise RuntimeError("no network")
+    monkeypatch.setattr(datasets.MNIST, "download", no_network)
+    for _ in range(2):
+        with pytest.raises(train.UserError, match="MNIST is not there, .* downloaded .no network"):
+            train.torchvision_data.__wrapped__("mnist", str(tmp_path))
+
+
 @needs("MNIST")
 def test_archives_of_mnist_are_unpacked_where_they_lie(tmp_path, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"

@@ -239,11 +239,12 @@ def test_a_log_that_a_crash_cut_is_written_anew(tmp_path):
     assert log(tmp_path / "run") == whole
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_by_the_same_command(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_begins_by_the_same_command(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / "last.pt.part").write_bytes(b"half")
     assert trains(tmp_path / "run", *TINY, "--dataset", "synthetic", "--resume") == 0
+    assert "no run in " in (out := capsys.readouterr().out) and "yet; a new one begins" in out
     assert trains(tmp_path / "whole", *TINY) == 0
     same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -420,7 +421,7 @@ def test_where_nobody_reads_or_nothing_can_be_opened_one_sentence_says_so(
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert train.main(["--evaluate", str(tmp_path / "b" / "best.pt")]) == 2
     broken, long, closed = capsys.readouterr().err.splitlines()
-    assert "train.py: the output: Broken pipe; choose another path; a run goes on" in broken
+    assert "train.py: the output: Broken pipe; choose another place; a run goes on" in broken
     assert "xxx: File name too long" in long
     assert "best.pt: cannot be read (Permission denied); see to its access rights" in closed
 
