@@ -32,7 +32,7 @@ from mamba_adv import selective_scan
 FLAGS = ("model ads control dataset data_dir classes eps alpha d_model d_state d_hidden n_layers "
          "patch_size seed device")
 # What may differ from the settings of a checkpoint.
-FREE = ("analyse", "data_dir", "eps", "alpha", "test_size", "seed", "device", "out")
+FREE = ("analyse", "data_dir", "eps", "alpha", "test_size", "seed", "device")
 
 
 class Part(NamedTuple):

@@ -281,6 +281,6 @@ def main(words):
             train.say(f"{L:5d}  in a second at most " + ", ".join(
                 f"{n:.2g} {kind}" for kind, n in rate.items()))
             for row in timings(c, L, rate):
-                train.say(line.format(**row))
+                train.say(line.format(**row).replace("   nan%", "      -"))
                 rows.append({"model": c.model, "ads": c.ads, "batch": c.batch_size, **row})
         train.write_csv(Path(c.out) / "bench.csv", rows)

@@ -4,9 +4,9 @@
     python train.py --table runs/A-seed0 runs/A-seed1 runs/B-seed0 > table.md
 
 Accuracies are in per cent; spread is the sample standard deviation. "Best: pgd-official" and
-"Best: aa" are what --evaluate RUN/best.pt left in the folder, with n where that is not all test
-images and with seeds where those are not all of the line's. Where --evaluate also left which images
-survived, a second table compares lines image by image.
+"Best: aa" are what --evaluate RUN/best.pt left in the folder, with n where that is not the run's
+own number of test images, and with seeds where those are not all of the line's. Where --evaluate
+also left which images survived, a second table compares lines image by image.
 
 Glossary   run   result.json as a dict, with what read_run and read_evaluation add to it
            line  a list of runs that differ in their seeds alone
@@ -86,7 +86,7 @@ def read_run(folder, flag="--table"):
             run["settings"][name.replace("_", "-")] = str(vars(c).get(name)) if used else ""
     except WRONG:
         raise train.UserError(f"{flag} {folder}: there is no result.json of a finished run; let "
-                              "the run end, or leave it out") from None
+                              "the run end, or leave it out; give many as runs/*") from None
     read_evaluation(run)
     return run
 
@@ -221,4 +221,4 @@ def print_markdown(rows):
     train.say("| " + " | ".join(rows[0]) + " |")
     train.say("|---" * len(rows[0]) + "|")
     for row in rows:
-        train.say("| " + " | ".join(str(cell) for cell in row.values()) + " |")
+        train.say("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row.values()) + " |")
