@@ -1327,8 +1327,8 @@ def main(argv=None):
     except OSError as e:                        # a path, or nobody reads stdout
         if e.filename is None:
             sys.stdout = open(os.devnull, "w")
-        return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another place; a run "
-                        "goes on with --resume")
+        return complain(f"{e.filename or 'the output'}: {e.strerror or e}; choose another place; a "
+                        "run goes on with --resume")
     except (MemoryError, RuntimeError) as e:
         if dist.is_initialized() and "by peer" in str(e):
             return complain("another process has ended; its own message says why")
