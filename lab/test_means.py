@@ -8,7 +8,8 @@ import pytest
 
 import train
 from lab import evaluate
-from lab.test_findings import CONSTANT, cell_of, differences, mean, outcomes, prose, span
+from lab.test_findings import (CONSTANT, cell_of, differences, differences_of_falling_steps, mean,
+                               on_500_images, outcomes, prose, span)
 from lab.test_house import findings
 from test_all import HERE
 
@@ -262,6 +263,61 @@ def test_what_equal_steps_make_of_a_glu_with_all_of_mnist_is_what_its_run_says()
             f"clean it keeps {best:.1f} at Best (epoch 7), {last:.1f} at Last.") in prose()
 
 
+# ---- (h): AdS's product, and its size -----------------------------------------------------------
+
+# (h) of the findings, minus AdS with ReLU -> the model in the table of falling steps.
+MINUS_ADS = {"GLU, ReLU": "s4 + glu-relu", "GLU, GELU": "s4 + glu",
+             "MLP, ReLU": "s4 + mlp-relu", "MLP, GELU": "s4 + mlp",
+             "AdS, GELU": "s4 + AdS gelu", "scale alone": "s4 + scale", "nothing": "s4",
+             "Mega": "attention", "activation alone, ReLU": "s4 + relu",
+             "activation alone, GELU": "s4 + gelu"}
+
+
+def difference_row(rows, name):
+    """Images, points, interval and p of each seed under AutoAttack."""
+    n = max(n for model, attack, n in rows if (model, attack) == (MINUS_ADS[name], "aa"))
+    row = rows[MINUS_ADS[name], "aa", n]
+    assert row["minus"].startswith("s4 + AdS relu") and row["seeds"] == "0 1 2"
+    return [str(n), row["difference"], row["95 % interval"], row["McNemar's p"].replace(" ", ", ")]
+
+
+def test_the_differences_in_the_findings_are_those_that_the_table_prints():
+    folder = HERE / "results" / "evaluation" / "falling-500"
+    rows = differences_of_falling_steps() | differences(*sorted(folder.glob("s4-*")))
+    for name in MINUS_ADS:
+        assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
+
+
+def test_what_a_wider_pure_s4_keeps_is_what_its_run_says():
+    ads, s4 = (differences(*(f"mnist-step-falling/{run}-seed{seed}" for run in (over, "s4-wide")
+                             for seed in range(3))) for over in ("s4-ads", "s4"))
+    (less, few, many), (same, low, high) = (
+        [f"{-float(end):.1f}" for end in (row["difference"], *row["95 % interval"].split(" to "))]
+        for row in (rows["s4", "aa", 200] for rows in (ads, s4)))
+    ten = s4["s4", "pgd-10", 2000]
+    assert (f"leaves it {less} points less than AdS ({many} to {few}), and {same} less than the "
+            f"pure S4 with 64 channels ({high} to {low}). PGD-10 leaves it {ten['difference']} "
+            f"more than that S4 ({ten['95 % interval']}; n = 2,000).") in prose()
+    _, robust, auto = outcomes(("mnist-step-constant",), "s4-wide")
+    assert (f"keeps {min(auto):.1f} % under AutoAttack, and {robust[auto.index(min(auto))]:.1f} "
+            "under PGD-10.") in prose()
+    left = mean(outcomes(("mnist-step-falling",), "s4-wide")[2])
+    readme = " ".join((HERE / "README.md").read_text().split())
+    assert f"an S4 of AdS's size {left:.1f}. On" in readme
+
+
+def test_the_lead_of_glu_with_relu_over_ads_is_that_of_its_500_images():
+    pairs = list(zip(on_500_images("s4-glu_relu"), on_500_images("s4-ads")))
+    said = []
+    for first in (0, 200):
+        found = zip(*(evaluate.paired_interval(a[first:], b[first:]) for a, b in pairs))
+        said.append([f"{100 * mean(values):.1f}" for values in found])
+    p = ", ".join(f"{evaluate.mcnemar(a[200:], b[200:]):.2g}" for a, b in pairs)
+    (lead, low, high), (other, least, most) = said
+    assert f"{lead} points more ({low} to {high};" in prose()
+    assert f"300 others it leads AdS by {other} points ({least} to {most}; p {p})." in prose()
+
+
 # ---- The argument, measured ----------------------------------------------------------------------
 
 def logged(log, quantity, column="test"):
@@ -315,7 +371,7 @@ def test_the_local_gains_of_mamba_in_the_readme_are_those_of_its_log():
     means = [logged("mamba", f"local gain, {what}, mean")[0] for what in
              ("it selects", "selection held")]
     said = ("the local gain of layer 1 reaches {:.0f}, with the selection held {:.1f} (CIFAR-10, "
-            "1 seed, largest of 100 images; means {:.1f}, {:.1f})")
+            "1 seed, largest of 8 images; means {:.1f}, {:.1f})")
     assert said.format(*gains, *means) in (HERE / "README.md").read_text()
 
 
