@@ -284,6 +284,10 @@ def difference_row(rows, name):
 def test_the_differences_in_the_findings_are_those_that_the_table_prints():
     folder = HERE / "results" / "evaluation" / "falling-500"
     rows = differences_of_falling_steps() | differences(*sorted(folder.glob("s4-*")))
+    mlp = rows["s4 + mlp-relu", "aa", 500]
+    less, most, least = (f"{-float(end):.1f}" for end in (
+        mlp["difference"], *mlp["95 % interval"].split(" to ")))
+    assert f"AdS leads an MLP with a ReLU by {less} points (n = 500; {least} to {most})," in prose()
     for name in MINUS_ADS:
         assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
 
@@ -314,7 +318,12 @@ def test_the_lead_of_glu_with_relu_over_ads_is_that_of_its_500_images():
         said.append([f"{100 * mean(values):.1f}" for values in found])
     p = ", ".join(f"{evaluate.mcnemar(a[200:], b[200:]):.2g}" for a, b in pairs)
     (lead, low, high), (other, least, most) = said
-    assert f"{lead} points more ({low} to {high};" in prose()
+    each = ", ".join(f"{100 * (mean(a) - mean(b)):.1f}" for a, b in pairs)
+    assert f"a GLU with a ReLU leads AdS by {lead}." in prose()
+    assert f"{lead} points more ({low} to {high}; seeds {each})." in prose()
+    mlp = [100 * (mean(b) - mean(a)) for a, b in zip(on_500_images("s4-mlp_relu"),
+                                                     on_500_images("s4-ads"))]
+    assert "in each seed, by {:.1f}, {:.1f} and {:.1f} points:".format(*mlp) in prose()
     assert f"300 others it leads AdS by {other} points ({least} to {most}; p {p})." in prose()
 
 
