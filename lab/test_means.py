@@ -305,6 +305,10 @@ def test_what_a_wider_pure_s4_keeps_is_what_its_run_says():
     _, robust, auto = outcomes(("mnist-step-constant",), "s4-wide")
     assert (f"keeps {min(auto):.1f} % under AutoAttack, and {robust[auto.index(min(auto))]:.1f} "
             "under PGD-10.") in prose()
+    log = (HERE / "results" / "analysis" / "steps-s4_wide-constant.txt").read_text()
+    long, apgd = (100 * float(re.search(rf"accuracy, {name} +([\d.]+)$", log, re.M)[1])
+                  for name in ("PGD-50 falling from 2 eps", "APGD-CE"))
+    assert f"PGD-50 from 2 eps leaves {long:.0f} of 100 images, APGD-CE {apgd:.0f} (" in prose()
     left = mean(outcomes(("mnist-step-falling",), "s4-wide")[2])
     readme = " ".join((HERE / "README.md").read_text().split())
     assert f"an S4 of AdS's size {left:.1f}. On" in readme
