@@ -191,7 +191,7 @@ class Mamba(nn.Module):
     (B, L, H) -> (B, L, H). Kernel size 4, rank of dt ceil(H / 16), A = -(1 .. N): Mamba's defaults.
 
     here    in Mamba's code    here    in Mamba's code    here         in Mamba's code
-    into    in_proj            select  x_proj             log_minus_A  A_log
+    into    in_proj (x, z)     select  x_proj             log_minus_A  A_log
     conv    conv1d             step    dt_proj            out          out_proj
     """
 
