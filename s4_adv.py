@@ -18,7 +18,7 @@ Papers     AdS      Qi et al. 2024, arXiv 2406.05532       PGD     Madry et al. 
 Glossary   B batch, L tokens, H = d_model channels, N = d_state states of a channel; in S5
            P = d_state states, of all channels together
            u (B, L, H) input of the map, y (B, L, H) its output, x image, delta its perturbation
-           A B C D the paper's matrices, A' B' discretised, dt step size, h state, lam A's diagonal part
+           A B C D the paper's matrices, A' B' discretised, dt step size, h state, lam A's diagonal
            K convolution kernel, K_hat its Fourier transform, z* the complex conjugate of z
            eps radius and alpha step of an attack in pixel units ([0, 1]; 8/255, not 8)
            A complex parameter (N,) is stored as real pairs (N, 2): optimisers see real numbers.
