@@ -150,8 +150,7 @@ def test_the_spans_in_the_findings_are_those_of_the_runs():
     assert (f"a ReLU alone is worth {relu - kept['nothing']:.1f} points over nothing. {said} "
             "{:.1f}.").format(*more) in text
     equal = [mean(outcomes(CONSTANT, run)[2]) for run in ("s4-scale", "s4-ads")]
-    assert ("the scale alone keeps {:.1f}, AdS {:.1f}; after equal steps {:.1f} and {:.1f}."
-            ).format(kept["scale alone, ReLU"], kept["AdS, ReLU"], *equal) in text
+    assert "; after equal steps it keeps {:.1f}, AdS {:.1f}.".format(*equal) in text
 
 
 # (h) of the findings, equal steps: the names of the runs with a GELU, in the logs with flat GELU,

@@ -288,6 +288,10 @@ def test_the_differences_in_the_findings_are_those_that_the_table_prints():
     less, most, least = (f"{-float(end):.1f}" for end in (
         mlp["difference"], *mlp["95 % interval"].split(" to ")))
     assert f"AdS leads an MLP with a ReLU by {less} points (n = 500; {least} to {most})," in prose()
+    scale = rows["s4 + scale", "aa", 500]
+    less, most, least = (f"{-float(end):.1f}" for end in (
+        scale["difference"], *scale["95 % interval"].split(" to ")))
+    assert f"The scale alone keeps {less} less than AdS ({least} to {most});" in prose()
     for name in MINUS_ADS:
         assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
 
