@@ -649,7 +649,8 @@ def stop_at_signal(run):
         if not run.busy:                                                # measuring: nothing to lose
             raise KeyboardInterrupt
         run.asked = True
-        os.write(2, b"\nstopping after this batch; a second signal ends at once\n")
+        with suppress(OSError):                                         # nobody reads stderr
+            os.write(2, b"\nstopping after this batch; a second signal ends at once\n")
     at_signals(note, note)
 
 
@@ -1034,7 +1035,7 @@ def add_flags(p, only=None):
          "pgd-K, pgd-KxR (K steps, R restarts), apgd-ce, apgd-t, fab-t, square; aa: AutoAttack, "
          "these four in turn; aa-fast: the first two", "clean,pgd-10", metavar="A,B")
     flag("--seed", int, 0, "fixes weights, order, augmentation and attacks")
-    flag("--device", str, None, "cpu, cuda, cuda:1, ...", "cuda if there is one")
+    flag("--device", str, None, "cpu, cuda, cuda:1, ...", "cuda if there; --resume: cpu stays cpu")
     flag("--precision", str, "fp32", "bf16: products in training; kernels, states and "
          "evaluation stay fp32", choices=("fp32", "bf16"))
     flag("--out", os.path.expanduser, None, "folder of log.csv, config.json, last.pt, best.pt, "
@@ -1176,8 +1177,8 @@ def resumed(c, given):
         raise UserError(f"--resume {folder}: its last.pt holds weights for --evaluate, not a run")
     c = checkpoint_settings(c, given, state, folder, MAY_CHANGE)
     c.out = str(folder)
-    if "device" not in given and state["config"].get("device") == "cpu":
-        c.device = "cpu"                        # a GPU that is there would give other bits
+    if state["config"].get("device") == "cpu" and not dist.is_initialized():
+        c.device = given.get("device", "cpu")                   # a GPU would give other bits
     return c, state
 
 

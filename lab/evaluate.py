@@ -107,8 +107,8 @@ def settings(words):
                    help="measure pgd-10, and fgsm, pgd-K of --attacks, made on this other model")
     p.add_argument("--images", action="store_true",
                    help="draw eight images, their perturbations and adversarial images")
-    p.epilog = """A flag that is not given is the checkpoint's, not the default above; --test-size
-is all. --attacks also takes pgd-official, the attack of the paper's published code.
+    p.epilog = """What is not given is the checkpoint's, but for --device; --test-size is all.
+--attacks also takes pgd-official, the attack of the paper's published code.
 Beside one of the last five flags --attacks is none unless given."""
     given = {"test_size": None} | p.given(words)
     state = train.read_checkpoint(given["evaluate"], "--evaluate")

@@ -373,7 +373,7 @@ def test_the_lead_of_ads_on_cifar10_is_the_one_that_the_table_prints():
     assert f"(+{row['difference']}; falling steps, 2 seeds)" in (HERE / "README.md").read_text()
     rows = differences(*(f"cifar10-step-falling/{run}-seed0" for run in ("s4", "s4-ads")))
     ten, apgd = (rows["s4 + AdS relu", attack, 2000] for attack in ("pgd-10", "apgd-t"))
-    assert (f"it is {ten['difference']} under PGD-10 ({ten['95 % interval']}), "
+    assert (f"AdS leads by {ten['difference']} under PGD-10 ({ten['95 % interval']}), "
             f"{apgd['difference']} under APGD-T ({apgd['95 % interval']}).") in text
 
 
@@ -486,7 +486,7 @@ def test_what_square_takes_in_the_findings_is_what_the_evaluations_say():
         assert f"{min(found):g} to {max(found):g} {name}" in text, name
     assert gaps["mnist-lr/s4-lr3e-2-seed0"] == 23
     wide = gaps["mnist-step-constant/s4-wide-seed2"]
-    assert f"Square takes {wide:.1f} points of it, which no gradient finds" in text
+    assert f"Square takes {wide:.1f} points of it that APGD and FAB leave;" in text
     falling = [gap for key, gap in gaps.items() if key.startswith("mnist-step-falling/")]
     last, mamba = (gaps[f"mnist-all/{run}-seed0"] for run in ("s4-glu", "mamba"))
     assert (f"at most {max(falling):g} of any (with all of MNIST {last:g} of a GLU with GELU, "

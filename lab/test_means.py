@@ -291,7 +291,7 @@ def test_the_differences_in_the_findings_are_those_that_the_table_prints():
     scale = rows["s4 + scale", "aa", 500]
     less, most, least = (f"{-float(end):.1f}" for end in (
         scale["difference"], *scale["95 % interval"].split(" to ")))
-    assert f"The scale alone keeps {less} less than AdS ({least} to {most});" in prose()
+    assert f"the scale alone keeps {less} less than AdS ({least} to {most});" in prose()
     for name in MINUS_ADS:
         assert f"| {name} | {' | '.join(difference_row(rows, name))} |" in findings(), name
 
@@ -304,8 +304,9 @@ def test_what_a_wider_pure_s4_keeps_is_what_its_run_says():
         for row in (rows["s4", "aa", 200] for rows in (ads, s4)))
     ten = s4["s4", "pgd-10", 2000]
     assert (f"leaves it {less} points less than AdS ({many} to {few}), and {same} less than the "
-            f"pure S4 with 64 channels ({high} to {low}). PGD-10 leaves it {ten['difference']} "
-            f"more than that S4 ({ten['95 % interval']}; n = 2,000).") in prose()
+            f"pure S4 with 64 channels ({high} to {low}). The PGD-10 of `--evaluate` leaves it "
+            f"{ten['difference']} more than that S4 ({ten['95 % interval']}; n = 2,000)."
+            ) in prose()
     _, robust, auto = outcomes(("mnist-step-constant",), "s4-wide")
     assert (f"keeps {min(auto):.1f} % under AutoAttack, and {robust[auto.index(min(auto))]:.1f} "
             "under PGD-10.") in prose()
